@@ -1,0 +1,48 @@
+"""tvkeras: adversarially robust Keras image classifiers by TV and Lipschitz regularisation.
+
+Names are imported on first use: `import tvkeras` loads neither Keras nor a backend.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvkeras import data, models, norms
+    from tvkeras.classifier import RobustClassifier
+    from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdversarialTraining": "defenses",
+    "Defense": "defenses",
+    "RobustClassifier": "classifier",
+    "TRADES": "defenses",
+    "TVLipschitz": "defenses",
+    "Undefended": "defenses",
+}
+_MODULES = ("data", "models", "norms")
+
+__all__ = [
+    "TRADES",
+    "AdversarialTraining",
+    "Defense",
+    "RobustClassifier",
+    "TVLipschitz",
+    "Undefended",
+    "data",
+    "models",
+    "norms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tvkeras.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"tvkeras.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tvkeras' has no attribute {name!r}; it has {__all__}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

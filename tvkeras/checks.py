@@ -1,0 +1,81 @@
+"""Argument errors: every message names the argument, the value and the likely fix."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+
+def one_of(argument: str, value: Any, legal: Iterable[str]) -> str:
+    """Returns `value` if it is one of the `legal` names.
+
+    Raises:
+        ValueError: With the legal names and the nearest of them.
+    """
+    names = sorted(legal)
+    if isinstance(value, str) and value in names:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument} must be one of {names}, got {argument}={value!r}.{hint}")
+
+
+def number(
+    argument: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    exclusive: bool = False,
+) -> float:
+    """Returns `value` as a finite float inside [minimum, maximum].
+
+    Args:
+        argument: The name to put into the error.
+        value: The number to check; text and booleans are refused.
+        minimum: The smallest legal value.
+        maximum: The largest legal value.
+        exclusive: Whether `minimum` itself is illegal.
+
+    Raises:
+        ValueError: If `value` is no number, not finite or outside the interval.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and minimum <= value <= maximum:
+        if not exclusive or value > minimum:
+            return float(value)
+    hint = " Remove the quotation marks." if isinstance(value, str) else ""
+    low = f"{'>' if exclusive else '>='} {minimum:g}" if minimum > -math.inf else ""
+    high = f"<= {maximum:g}" if maximum < math.inf else ""
+    interval = " and ".join(part for part in (low, high) if part) or "finite"
+    raise ValueError(f"{argument} must be a number {interval}, got {argument}={value!r}.{hint}")
+
+
+def whole_number(argument: str, value: Any, *, minimum: int = 0) -> int:
+    """Returns `value` if it is an int of at least `minimum`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
+        return value
+    raise ValueError(f"{argument} must be a whole number >= {minimum}, got {argument}={value!r}.")
+
+
+def epsilon(value: Any, argument: str = "epsilon") -> float:
+    """Perturbation radius in pixel units, from a number or a fraction like "8/255".
+
+    Raises:
+        ValueError: If it is neither, or negative.
+    """
+    if isinstance(value, str):
+        try:
+            value = float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(
+                f"{argument} must be a number or a fraction such as '8/255', "
+                f"got {argument}={value!r}."
+            ) from None
+    return number(argument, value, minimum=0.0)
+

@@ -1,0 +1,296 @@
+"""`RobustClassifier`: trains a plain Keras classifier under a defence."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from tvkeras import backends, checks
+from tvkeras.defenses import Defense, TrainingBatch, Update
+
+Tensor = Any
+
+CHECKED_IMAGES = 64
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+class RobustClassifier(keras.Model):
+    """Wraps a classifier so that `fit` minimises a defence's objective.
+
+    The wrapped `classifier` stays a plain Keras model: save it, serve it, load it
+    without tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided
+    by 255 on the way in; normalisation belongs inside the classifier, so that every
+    radius is in pixel units.
+
+    Args:
+        classifier: Maps images `(batch, height, width, channels)` in [0, 1] to
+            logits `(batch, num_classes)`.
+        defense: What training minimises, such as `tvkeras.TVLipschitz()`.
+        augmentation: Called as `augmentation(images, seed)` inside the compiled
+            training step, such as `tvkeras.data.Augmentation()`; None for none.
+        seed: Seed of the augmentation's and the defence's random numbers.
+        **kwargs: `name` and `dtype` of a `keras.Model`.
+
+    Raises:
+        ValueError: If the classifier is unbuilt or ends in a softmax, or the
+            defence's step is too small for the classifier's precision.
+
+    Example:
+
+    ```python
+    robust = tvkeras.RobustClassifier(classifier, defense=tvkeras.TVLipschitz())
+    robust.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"])
+    robust.fit(images, labels, epochs=10)
+    robust.classifier.save("model.keras")
+    ```
+    """
+
+    def __init__(
+        self,
+        classifier: keras.Model,
+        defense: Defense,
+        augmentation: Callable[[Tensor, keras.random.SeedGenerator], Tensor] | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_classifier(classifier)
+        if not isinstance(defense, Defense):
+            raise ValueError(
+                f"defense must be a tvkeras.Defense, got defense={defense!r}. "
+                "Use an instance such as tvkeras.TVLipschitz()."
+            )
+        for dtype in sorted({layer.compute_dtype for layer in classifier.layers}):
+            defense.check_precision(dtype)
+        self.classifier = classifier
+        self.defense = defense
+        self.augmentation = augmentation
+        self.random = keras.random.SeedGenerator(checks.whole_number("seed", seed))
+        self.penalty_metrics = {name: keras.metrics.Mean(name) for name in defense.penalties}
+        self._seed = seed
+        self.built = True
+
+    def compile(
+        self,
+        optimizer: Any = "sgd",
+        loss: keras.losses.Loss | None = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training, as `keras.Model.compile` does.
+
+        Args:
+            optimizer: Any Keras optimizer.
+            loss: A `keras.losses.Loss` of logits; by default
+                `SparseCategoricalCrossentropy(from_logits=True)`.
+            metrics: As in Keras.
+            **kwargs: As in Keras: `jit_compile`, `steps_per_execution`, ...
+
+        Raises:
+            ValueError: If `loss` is no loss of logits.
+        """
+        if loss is None:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", 1):
+            raise ValueError(
+                "loss must be a keras.losses.Loss built with from_logits=True, "
+                f"got loss={loss!r}. The classifier's outputs are logits."
+            )
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+        self._call_twin = backends.training_twin(self.classifier).stateless_call
+
+    def call(self, images: Tensor, training: bool | None = None) -> Tensor:
+        """Logits, shape `(batch, num_classes)`."""
+        return self.classifier(self._as_images(images), training=training)
+
+    def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> keras.callbacks.History:
+        """Trains as `keras.Model.fit` does, after one look at the first images.
+
+        Raises:
+            ValueError: If those images are not finite numbers in [0, 1] (or uint8),
+                a label is out of range, or the classifier's outputs are
+                probabilities.
+        """
+        first, x = _first_batch(x, y)
+        if first is not None:
+            self._check_batch(*first)
+        return super().fit(x, y, **kwargs)
+
+    def train_step(self, *arguments: Any) -> Any:
+        """One optimizer step, in the form that the backend's trainer calls."""
+        return backends.train_step(self, *arguments)
+
+    def test_step(self, *arguments: Any) -> Any:
+        """Keras's own, without the penalties, which only training measures."""
+        result = super().test_step(*arguments)
+        logs, state = (result, ()) if isinstance(result, dict) else (result[0], result[1:])
+        logs = {name: value for name, value in logs.items() if name not in self.penalty_metrics}
+        return (logs, *state) if state else logs
+
+    def compute_update(
+        self,
+        trainable: Sequence[Tensor],
+        non_trainable: Sequence[Tensor],
+        images: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+    ) -> tuple[Update, list[Tensor]]:
+        """Augments a batch and differentiates the objective; assigns no variable.
+
+        Args:
+            trainable: Values of `trainable_variables`.
+            non_trainable: Values of `non_trainable_variables`.
+            images: Shape `(batch, height, width, channels)`.
+            labels: Shape `(batch,)`, or `(batch, num_classes)` for soft labels.
+            sample_weight: Shape `(batch,)`, or None.
+
+        Returns:
+            The update and the new values of `non_trainable_variables`.
+        """
+        values = {
+            id(variable): value
+            for variable, value in zip(self.non_trainable_variables, non_trainable, strict=True)
+        }
+        buffers = self.classifier.non_trainable_variables
+        state = [values[id(variable)] for variable in buffers]
+        images = self._as_images(images)
+        loss_scale = self.optimizer.scale_loss(1.0)
+
+        def call(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Any, Tensor]:
+            logits, new_state, losses = self._call_twin(
+                trainable, state, images, training=True, return_losses=True
+            )
+            return logits, new_state, sum(losses) if losses else 0.0
+
+        with keras.StatelessScope([(self.random.state, values[id(self.random.state)])]) as scope:
+            if self.augmentation is not None:
+                images = self.augmentation(images, self.random)
+            batch = TrainingBatch(
+                call=call,
+                example_loss=self.loss.call,
+                differentiate=backends.value_and_gradient,
+                trainable=trainable,
+                images=images,
+                labels=_flat_labels(labels),
+                sample_weight=_as_weight(sample_weight, images),
+                loss_scale=loss_scale,
+                stochastic=any("seed_generator_state" in variable.path for variable in buffers),
+                seed=self.random,
+            )
+            update = self.defense.update(batch)
+            values[id(self.random.state)] = scope.get_current_value(self.random.state)
+        values.update({id(v): value for v, value in zip(buffers, update.state, strict=True)})
+        return update, [values[id(variable)] for variable in self.non_trainable_variables]
+
+    def compute_logs(
+        self, update: Update, images: Tensor, labels: Tensor, sample_weight: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Updates the metrics with a step's results and returns their values."""
+        count = ops.shape(images)[0]
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(update.loss, sample_weight=count)
+        for name, metric in self.penalty_metrics.items():
+            metric.update_state(update.penalties[name], sample_weight=count)
+        return self.compute_metrics(images, _flat_labels(labels), update.logits, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, serialised."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "classifier": serialize(self.classifier),
+            "defense": serialize(self.defense),
+            "augmentation": self.augmentation and serialize(self.augmentation),
+            "seed": self._seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RobustClassifier":
+        """The inverse of `get_config`."""
+        parts = ("classifier", "defense", "augmentation")
+        restored = {
+            name: config[name] and keras.saving.deserialize_keras_object(config[name])
+            for name in parts
+        }
+        return cls(**{**config, **restored})
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as the saved one was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def _as_images(self, images: Tensor) -> Tensor:
+        if keras.backend.standardize_dtype(images.dtype) == "uint8":
+            return ops.cast(images, self.variable_dtype) / 255
+        return ops.cast(images, self.variable_dtype)
+
+    def _check_batch(self, images: Any, labels: Any) -> None:
+        images, labels = np.asarray(images), np.asarray(labels)
+        low, high = float(images.min()), float(images.max())
+        if images.dtype != np.uint8 and not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"images must be finite and lie in [0, 1], got values from {low:g} to {high:g}. "
+                "Divide 0-255 images by 255 (or pass them as uint8), and put any normalisation "
+                "into the classifier as a layer."
+            )
+        logits = ops.convert_to_numpy(self(images, training=False)).astype("float64")
+        if logits.min() >= 0 and np.allclose(logits.sum(axis=-1), 1, atol=1e-2):
+            raise ValueError(_PROBABILITIES.format("the classifier's outputs are probabilities"))
+        if np.issubdtype(labels.dtype, np.integer) and labels.size == len(images):
+            if labels.min() < 0 or labels.max() >= logits.shape[-1]:
+                raise ValueError(
+                    f"labels must lie in 0..{logits.shape[-1] - 1} (the classifier has "
+                    f"{logits.shape[-1]} outputs), got {labels.min()} to {labels.max()}."
+                )
+
+
+_PROBABILITIES = (
+    "classifier must return logits, but {}. Drop the final softmax or sigmoid "
+    "(activation=None): the loss applies it."
+)
+
+
+def _check_classifier(classifier: Any) -> None:
+    if not isinstance(classifier, keras.Model) or not classifier.built:
+        raise ValueError(
+            f"classifier must be a built keras.Model, got classifier={classifier!r}. "
+            "Give it an Input layer, or call it once on a batch."
+        )
+    last = classifier.layers[-1]
+    activation = getattr(getattr(last, "activation", None), "__name__", "")
+    if isinstance(last, keras.layers.Softmax) or activation in ("softmax", "sigmoid"):
+        raise ValueError(_PROBABILITIES.format(f"its last layer {last.name!r} is a {activation}"))
+
+
+def _flat_labels(labels: Tensor) -> Tensor:
+    """Labels of shape `(batch, 1)`, as Keras's data sets have them, as `(batch,)`."""
+    if len(labels.shape) == 2 and labels.shape[1] == 1:
+        return ops.squeeze(labels, axis=1)
+    return labels
+
+
+def _as_weight(sample_weight: Tensor | None, images: Tensor) -> Tensor | None:
+    if sample_weight is None:
+        return None
+    return ops.cast(ops.reshape(sample_weight, (-1,)), images.dtype)
+
+
+def _first_batch(x: Any, y: Any) -> tuple[tuple[Any, Any] | None, Any]:
+    """A few leading images and labels, and `x` with nothing of it consumed."""
+    if y is not None:
+        return (x[:CHECKED_IMAGES], y[:CHECKED_IMAGES]), x
+    if isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    elif hasattr(x, "take"):  # tf.data.Dataset
+        batch = next(iter(x.take(1)))
+    elif hasattr(x, "__next__"):
+        batch = next(x)
+        x = (element for element in itertools.chain([batch], x))
+    else:
+        return None, x
+    images, labels, *_ = batch
+    return (images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]), x

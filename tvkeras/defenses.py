@@ -1,0 +1,530 @@
+"""What each defence minimises, and the gradient of it at one batch.
+
+A defence is a frozen dataclass with one method, `update(batch)`, written in
+`keras.ops` for every backend. `TrainingBatch` gives it the classifier as a pure
+function of weights and images; `Update` is what the training step needs back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import keras
+from keras import ops
+
+from tvkeras import checks, norms
+
+Tensor = Any
+
+
+class Outputs(NamedTuple):
+    """One evaluation of the classifier in training mode.
+
+    Attributes:
+        loss: Weighted mean of `example_loss` plus `auxiliary`, a scalar.
+        example_loss: Shape `(batch,)`, without sample weights.
+        logits: Shape `(batch, num_classes)`.
+        state: Non-trainable variables after the call: BatchNorm statistics, seeds.
+    """
+
+    loss: Tensor
+    example_loss: Tensor
+    logits: Tensor
+    state: Sequence[Tensor]
+
+
+class Update(NamedTuple):
+    """Result of one training step before the optimizer sees it.
+
+    Attributes:
+        gradients: One for each trainable variable, times the batch's loss scale.
+        loss: The value of the defence's objective, a scalar.
+        logits: For the metrics, shape `(batch, num_classes)`.
+        state: Non-trainable variables after the step.
+        penalties: Scalars to log, by name.
+    """
+
+    gradients: Sequence[Tensor]
+    loss: Tensor
+    logits: Tensor
+    state: Sequence[Tensor]
+    penalties: Mapping[str, Tensor] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """A batch and the classifier as a pure function of weights and images.
+
+    Every call starts from the same non-trainable state, so that a second pass
+    replays the first one's dropout masks and leaves BatchNorm's moving statistics
+    to the pass whose `state` the defence returns.
+
+    Attributes:
+        call: Maps (trainable, images) to (logits, state, auxiliary loss).
+        example_loss: Maps (labels, logits) to losses of shape `(batch,)`.
+        differentiate: The backend's `value_and_gradient`.
+        trainable: Values of the trainable variables.
+        images: Shape `(batch, height, width, channels)`, in [0, 1].
+        labels: Shape `(batch,)`, or `(batch, num_classes)` for soft labels.
+        sample_weight: Shape `(batch,)`, or None.
+        loss_scale: Factor on every gradient, for float16.
+        stochastic: Whether the classifier draws random numbers, as dropout does.
+        seed: Source of the defence's own random numbers.
+    """
+
+    call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor], Tensor]]
+    example_loss: Callable[[Tensor, Tensor], Tensor]
+    differentiate: Callable[..., tuple[tuple[Tensor, Any], Any]]
+    trainable: Sequence[Tensor]
+    images: Tensor
+    labels: Tensor
+    sample_weight: Tensor | None
+    loss_scale: Tensor | float
+    stochastic: bool
+    seed: keras.random.SeedGenerator
+
+    def outputs(
+        self, trainable: Sequence[Tensor], images: Tensor, extra: Tensor | None = None
+    ) -> Outputs:
+        """Evaluates the classifier on `images`, which carry the batch's labels.
+
+        Args:
+            trainable: Values of the trainable variables.
+            images: Shape `(batch, height, width, channels)`.
+            extra: Index of one image of the batch to append, unperturbed, as a last
+                row that takes no part in the mean loss.
+        """
+        labels, count = self.labels, None
+        if extra is not None:
+            images = ops.concatenate([images, ops.take(self.images, extra[None], axis=0)])
+            labels = ops.concatenate([labels, ops.take(labels, extra[None], axis=0)])
+            count = -1
+        logits, state, auxiliary = self.call(trainable, images)
+        logits = ops.cast(logits, self.images.dtype)
+        example_loss = self.example_loss(labels, logits)
+        loss = self.mean(example_loss[:count]) + ops.cast(auxiliary, logits.dtype)
+        return Outputs(loss, example_loss, logits, state)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the batch of `values`, shape `(batch,)`, with the sample weights."""
+        if self.sample_weight is not None:
+            values = values * self.sample_weight
+        return ops.mean(values)
+
+    def maximum(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and value of the largest of `values` among images that count."""
+        if self.sample_weight is not None:
+            values = ops.where(self.sample_weight > 0, values, ops.zeros_like(values))
+        index = ops.argmax(values)
+        return index, ops.take(values, index)
+
+    def gradient(
+        self, function: Callable[..., tuple[Tensor, Any]], *arguments: Any
+    ) -> tuple[Tensor, Any, Any]:
+        """Value, auxiliary output and scaled gradient of `function(*arguments)`."""
+
+        def scaled(*arguments: Any) -> tuple[Tensor, Any]:
+            value, auxiliary = function(*arguments)
+            return value * self.loss_scale, (value, auxiliary)
+
+        (_, (value, auxiliary)), gradients = self.differentiate(scaled, arguments)
+        return value, auxiliary, gradients
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """Per-example gradient of the example loss from that of the scaled mean loss."""
+        gradient = ops.cast(gradient, self.images.dtype)
+        factor = ops.cast(ops.shape(self.images)[0], gradient.dtype) / self.loss_scale
+        if self.sample_weight is None:
+            return gradient * factor
+        counts = self.sample_weight > 0
+        weight = ops.where(counts, self.sample_weight, 1.0)
+        factor = ops.where(counts, factor / weight, 0.0)
+        return gradient * ops.reshape(factor, (-1,) + (1,) * (len(gradient.shape) - 1))
+
+    def subset(self, fraction: float) -> "TrainingBatch":
+        """A random `fraction` of the batch, drawn without replacement."""
+        size = ops.shape(self.images)[0]
+        if isinstance(size, int):
+            count = max(1, round(fraction * size))
+        else:
+            scaled = ops.round(fraction * ops.cast(size, "float32"))
+            count = ops.maximum(1, ops.cast(scaled, "int32"))
+        rows = ops.argsort(keras.random.uniform((size,), seed=self.seed))[:count]
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else ops.take(values, rows, axis=0)
+
+        return dataclasses.replace(
+            self,
+            images=pick(self.images),
+            labels=pick(self.labels),
+            sample_weight=pick(self.sample_weight),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defense:
+    """Base of all defences: what a training step minimises.
+
+    Attributes:
+        penalties: Names of the extra scalars that `update` measures.
+    """
+
+    penalties: ClassVar[tuple[str, ...]] = ()
+
+    def update(self, batch: TrainingBatch) -> Update:
+        """Gradient of the objective at one batch."""
+        raise TypeError(f"{type(self).__name__} defines no objective: use one of its subclasses.")
+
+    def check_precision(self, compute_dtype: str) -> None:
+        """Raises ValueError if the objective is lost to rounding in `compute_dtype`."""
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras's serialisation."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Defense":
+        """The inverse of `get_config`."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undefended(Defense):
+    """Plain training: the mean loss."""
+
+    def update(self, batch: TrainingBatch) -> Update:
+        """Gradient of the mean loss, in one forward-backward pass."""
+
+        def objective(trainable: Sequence[Tensor]) -> tuple[Tensor, Outputs]:
+            outputs = batch.outputs(trainable, batch.images)
+            return outputs.loss, outputs
+
+        loss, outputs, (gradients,) = batch.gradient(objective, batch.trainable)
+        return Update(gradients, loss, outputs.logits, outputs.state)
+
+
+# Smallest fd_step whose mean relative error stays near 0.05 in each norm's image
+# displacement, as measured by `python -m benchmarks.precision`.
+MIN_FD_STEP = {
+    "float16": {"l2": 0.05, "l1": 0.05, "linf": 0.05},
+    "bfloat16": {"l2": 0.1, "l1": 0.1, "linf": 0.1},
+}
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TVLipschitz(Defense):
+    """Total-variation and Lipschitz regularisation of the loss.
+
+    mean_i l_i + tv_weight * mean_i ||g_i||_* + lipschitz_weight * max_i ||g_i||_*
+
+    where g_i is the gradient of example i's loss with respect to its image and
+    each norm is a difference quotient along the steepest direction d_i. With the
+    step t at which t d_i has l2 length `fd_step`, the forward scheme takes two
+    forward-backward passes, because
+
+        grad J = (1 - tv_weight / t) grad mean l(x) + tv_weight / t grad mean l(x + t d)
+
+    and the Lipschitz term needs one more row, the image of largest norm, in the
+    second pass. It takes a third pass for a classifier that draws random numbers
+    (an appended row would change the dropout masks), and for "central".
+
+    Attributes:
+        norm: Norm of the threat model: "l2", "linf" or "l1".
+        tv_weight: Weight of the mean, the paper's epsilon; a number or "8/255".
+        lipschitz_weight: Weight of the maximum, the paper's lambda.
+        fd_step: Finite-difference step: l2 length of the displacement (for linf at
+            most that, where an image's gradient has zero entries).
+        scheme: "forward" or "central".
+        method: "finite_difference", or "double_backprop" for the exact gradient.
+        penalty_fraction: Share of each batch, drawn at random, that is penalised.
+            The mean keeps its expectation, the maximum is that of the share. The
+            cost is 1 + 2 penalty_fraction passes.
+
+    Raises:
+        ValueError: For an illegal argument.
+
+    Reference: Finlay, Oberman & Abbasi (2019), arXiv:1808.09540; Finlay & Oberman
+    (2019), arXiv:1905.11468.
+    """
+
+    norm: str = "l2"
+    tv_weight: float | str = 0.1
+    lipschitz_weight: float = 0.0
+    fd_step: float = 1e-2
+    scheme: str = "forward"
+    method: str = "finite_difference"
+    penalty_fraction: float = 1.0
+
+    penalties: ClassVar[tuple[str, ...]] = ("total_variation", "lipschitz")
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.one_of("norm", self.norm, norms.DUALS)
+        checks.epsilon(self.tv_weight, "tv_weight")
+        checks.number("lipschitz_weight", self.lipschitz_weight, minimum=0.0)
+        checks.number("fd_step", self.fd_step, minimum=0.0, exclusive=True)
+        checks.one_of("scheme", self.scheme, ("forward", "central"))
+        checks.one_of("method", self.method, ("finite_difference", "double_backprop"))
+        checks.number(
+            "penalty_fraction", self.penalty_fraction, minimum=0.0, maximum=1.0, exclusive=True
+        )
+
+    def check_precision(self, compute_dtype: str) -> None:
+        """Raises ValueError if rounding swamps the difference quotient.
+
+        The quotient divides a difference of losses by the step, so that a low
+        precision needs a longer one.
+        """
+        smallest = MIN_FD_STEP.get(compute_dtype, {}).get(self.norm, 0.0)
+        if self.method == "finite_difference" and self.fd_step < smallest:
+            raise ValueError(
+                f"fd_step must be >= {smallest} when the classifier computes in {compute_dtype} "
+                f"(rounding is divided by the step), got fd_step={self.fd_step}. "
+                f"Use fd_step={smallest}, or compute in float32."
+            )
+
+    def update(self, batch: TrainingBatch) -> Update:
+        """Gradient of the objective; the moving statistics are those of the clean pass."""
+        if self.method == "double_backprop":
+            return self._double_backprop(batch)
+        return self._finite_difference(batch)
+
+    def _finite_difference(self, batch: TrainingBatch) -> Update:
+        tv_weight = checks.epsilon(self.tv_weight)
+        if self.penalty_fraction < 1.0:
+            plain = Undefended().update(batch)
+            batch = batch.subset(self.penalty_fraction)
+            clean, image_gradient = _clean_pass(batch)
+        else:
+            clean, image_gradient = _clean_pass(batch)
+            plain = clean
+
+        g = batch.input_gradient(image_gradient)
+        sizes = norms.dual_length(g, self.norm)
+        steepest, lipschitz = batch.maximum(sizes)
+        step = self._step(batch.images)
+        displacement = step * norms.steepest_direction(g, self.norm)
+        span = 2 * step if self.scheme == "central" else step
+
+        def side(images: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
+            """One end of the quotients: (tv_weight mean l + lipschitz_weight l_k) / span."""
+
+            def end(trainable: Sequence[Tensor]) -> tuple[Tensor, None]:
+                outputs = batch.outputs(trainable, images, extra)
+                value = tv_weight * outputs.loss
+                if self.lipschitz_weight:
+                    peak = ops.take(outputs.example_loss, steepest)
+                    if extra is not None:
+                        peak = peak - outputs.example_loss[-1]
+                    value = value + self.lipschitz_weight * peak
+                return value / span, None
+
+            value, _, (gradients,) = batch.gradient(end, batch.trainable)
+            return value, gradients
+
+        if self.scheme == "central":
+            base = side(batch.images - displacement)
+        elif self.lipschitz_weight and batch.stochastic:
+            base = side(batch.images)
+        else:
+            ratio = tv_weight / span
+            base = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
+        one_sided = self.lipschitz_weight and self.scheme == "forward" and not batch.stochastic
+        ahead = side(batch.images + displacement, steepest if one_sided else None)
+
+        gradients = [p + a - b for p, a, b in zip(plain.gradients, ahead[1], base[1], strict=True)]
+        return plain._replace(
+            gradients=gradients,
+            loss=plain.loss + ahead[0] - base[0],
+            penalties={"total_variation": batch.mean(sizes), "lipschitz": lipschitz},
+        )
+
+    def _double_backprop(self, batch: TrainingBatch) -> Update:
+        tv_weight = checks.epsilon(self.tv_weight)
+
+        def objective(trainable: Sequence[Tensor]) -> tuple[Tensor, Any]:
+            def loss(images: Tensor) -> tuple[Tensor, Outputs]:
+                outputs = batch.outputs(trainable, images)
+                return outputs.loss, outputs
+
+            _, outputs, (image_gradient,) = batch.gradient(loss, batch.images)
+            sizes = norms.dual_length(batch.input_gradient(image_gradient), self.norm)
+            _, lipschitz = batch.maximum(sizes)
+            penalties = {"total_variation": batch.mean(sizes), "lipschitz": lipschitz}
+            value = outputs.loss + tv_weight * penalties["total_variation"]
+            return value + self.lipschitz_weight * lipschitz, (outputs, penalties)
+
+        loss, (outputs, penalties), (gradients,) = batch.gradient(objective, batch.trainable)
+        return Update(gradients, loss, outputs.logits, outputs.state, penalties)
+
+    def _step(self, images: Tensor) -> float:
+        """The t at which t d has l2 length fd_step, for a d without zero entries."""
+        return self.fd_step / math.sqrt(math.prod(images.shape[1:]) if self.norm == "linf" else 1)
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(Defense):
+    """Trains on adversarial images found by projected gradient ascent in each step.
+
+    One step without random start and bounds is total variation with
+    fd_step = tv_weight, gradient for gradient: FGSM training for norm="linf",
+    the talk's l1 TV. Seven steps with random start are Madry's. The attack sees the
+    training-mode network with the same masks, and the moving statistics are those
+    of the adversarial images.
+
+    Attributes:
+        norm: Norm of the threat model.
+        epsilon: Perturbation radius in pixel units; a number or "8/255".
+        steps: Gradient steps of the attack.
+        step_size: Length of one, by default 2.5 epsilon / steps (epsilon for one).
+        random_start: Whether the attack starts from a random point of the ball.
+        bounds: Legal pixel values, or None for no clipping.
+
+    Raises:
+        ValueError: For an illegal argument.
+
+    Reference: Goodfellow et al. (2015), arXiv:1412.6572; Madry et al. (2018),
+    arXiv:1706.06083.
+    """
+
+    norm: str = "linf"
+    epsilon: float | str = "8/255"
+    steps: int = 7
+    step_size: float | str | None = None
+    random_start: bool = True
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        _check_attack(self)
+
+    def update(self, batch: TrainingBatch) -> Update:
+        """Gradient of the mean loss on the adversarial images."""
+
+        def gradient(images: Tensor) -> Tensor:
+            def loss(images: Tensor) -> tuple[Tensor, None]:
+                return batch.outputs(batch.trainable, images).loss, None
+
+            _, _, (image_gradient,) = batch.gradient(loss, images)
+            return batch.input_gradient(image_gradient)
+
+        start = ops.zeros_like(batch.images)
+        if self.random_start:
+            radius = checks.epsilon(self.epsilon)
+            start = norms.random_in_ball(batch.images, self.norm, radius, batch.seed)
+        x_adv = _attack(self, gradient, batch.images, start)
+        return Undefended().update(dataclasses.replace(batch, images=x_adv))
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TRADES(Defense):
+    """Clean loss plus `beta` times the divergence between clean and attacked outputs.
+
+    mean_i l_i + beta * mean_i KL(p(x_i) || p(x_adv_i)), where x_adv maximises the
+    divergence by projected gradient ascent from a small Gaussian perturbation.
+
+    Attributes:
+        norm: Norm of the threat model.
+        epsilon: Perturbation radius in pixel units; a number or "8/255".
+        steps: Gradient steps of the attack.
+        step_size: Length of one, by default 2.5 epsilon / steps (epsilon for one).
+        beta: Weight of the divergence, 1 / lambda in the paper.
+        bounds: Legal pixel values, or None for no clipping.
+
+    Raises:
+        ValueError: For an illegal argument.
+
+    Reference: Zhang et al. (2019), arXiv:1901.08573.
+    """
+
+    norm: str = "linf"
+    epsilon: float | str = "8/255"
+    steps: int = 10
+    step_size: float | str | None = None
+    beta: float = 6.0
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        _check_attack(self)
+        checks.number("beta", self.beta, minimum=0.0)
+
+    def update(self, batch: TrainingBatch) -> Update:
+        """Gradient of the objective; the moving statistics are those of the clean pass."""
+        clean_logits = ops.stop_gradient(batch.outputs(batch.trainable, batch.images).logits)
+
+        def gradient(images: Tensor) -> Tensor:
+            def divergence(images: Tensor) -> tuple[Tensor, None]:
+                logits = batch.outputs(batch.trainable, images).logits
+                return batch.mean(_kl_divergence(clean_logits, logits)), None
+
+            _, _, (image_gradient,) = batch.gradient(divergence, images)
+            return batch.input_gradient(image_gradient)
+
+        def objective(trainable: Sequence[Tensor]) -> tuple[Tensor, Outputs]:
+            clean = batch.outputs(trainable, batch.images)
+            attacked = batch.outputs(trainable, x_adv)
+            divergence = batch.mean(_kl_divergence(clean.logits, attacked.logits))
+            return clean.loss + self.beta * divergence, clean
+
+        shape, dtype = ops.shape(batch.images), batch.images.dtype
+        start = keras.random.normal(shape, stddev=1e-3, dtype=dtype, seed=batch.seed)
+        x_adv = _attack(self, gradient, batch.images, start)
+        loss, clean, (gradients,) = batch.gradient(objective, batch.trainable)
+        return Update(gradients, loss, clean.logits, clean.state)
+
+
+def _clean_pass(batch: TrainingBatch) -> tuple[Update, Tensor]:
+    """One backward pass: the mean loss's gradient for the weights and for the images."""
+
+    def objective(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Outputs]:
+        outputs = batch.outputs(trainable, images)
+        return outputs.loss, outputs
+
+    loss, outputs, (gradients, image_gradient) = batch.gradient(
+        objective, batch.trainable, batch.images
+    )
+    return Update(gradients, loss, outputs.logits, outputs.state), image_gradient
+
+
+def _check_attack(defense: AdversarialTraining | TRADES) -> None:
+    checks.one_of("norm", defense.norm, norms.DUALS)
+    checks.epsilon(defense.epsilon)
+    checks.whole_number("steps", defense.steps, minimum=1)
+    if defense.step_size is not None:
+        checks.epsilon(defense.step_size, "step_size")
+
+
+def _attack(
+    defense: AdversarialTraining | TRADES,
+    gradient: Callable[[Tensor], Tensor],
+    images: Tensor,
+    start: Tensor,
+) -> Tensor:
+    epsilon = checks.epsilon(defense.epsilon)
+    step_size = epsilon * min(1.0, 2.5 / defense.steps)
+    if defense.step_size is not None:
+        step_size = checks.epsilon(defense.step_size, "step_size")
+    x_adv = norms.projected_ascent(
+        gradient,
+        images,
+        norm=defense.norm,
+        epsilon=epsilon,
+        steps=defense.steps,
+        step_size=step_size,
+        start=start,
+        bounds=defense.bounds,
+    )
+    return ops.stop_gradient(x_adv)
+
+
+def _kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(other)), shape `(batch,)`."""
+    log_p, log_q = ops.log_softmax(logits), ops.log_softmax(other)
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)

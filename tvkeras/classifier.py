@@ -100,7 +100,7 @@ class RobustClassifier(keras.Model):
                 f"got loss={loss!r}. The classifier's outputs are logits."
             )
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
-        self._call_twin = backends.training_twin(self.classifier).stateless_call
+        self._call_twin = backends.fast_twin(self.classifier).stateless_call
 
     def call(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Logits, shape `(batch, num_classes)`."""
@@ -109,11 +109,17 @@ class RobustClassifier(keras.Model):
     def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, after one look at the first images.
 
+        Before each epoch it calls `x.begin_epoch(epoch)` where there is one, as
+        `tvkeras.data.Batches` has.
+
         Raises:
             ValueError: If those images are not finite numbers in [0, 1] (or uint8),
                 a label is out of range, or the classifier's outputs are
                 probabilities.
         """
+        if hasattr(x, "begin_epoch"):
+            begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: x.begin_epoch(epoch))
+            kwargs["callbacks"] = [begin, *(kwargs.get("callbacks") or [])]
         first, x = _first_batch(x, y)
         if first is not None:
             self._check_batch(*first)

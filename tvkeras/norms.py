@@ -134,7 +134,7 @@ def projected_ascent(
         gradient: Maps images to the per-example gradient of what is maximised.
         images: Centre of the ball, shape `(batch, height, width, channels)`.
         norm: Norm of the ball.
-        epsilon: Radius of the ball, in pixel units.
+        epsilon: Radius of the ball, in pixel units; a number or a scalar tensor.
         steps: Number of gradient evaluations.
         step_size: Length of a step in `norm`, in pixel units.
         start: Perturbation to start from, inside the ball.
@@ -149,11 +149,11 @@ def projected_ascent(
     def clip(x: Tensor) -> Tensor:
         return x if bounds is None else ops.clip(x, *bounds)
 
-    x_adv = clip(images + start)
-    for _ in range(steps):
+    def step(_: Tensor, x_adv: Tensor) -> Tensor:
         x_adv = x_adv + step_size * steepest_direction(gradient(x_adv), norm)
-        x_adv = clip(images + project(x_adv - images, norm, epsilon))
-    return x_adv
+        return clip(images + project(x_adv - images, norm, epsilon))
+
+    return ops.fori_loop(0, steps, step, clip(images + start))
 
 
 def _flat(x: Tensor) -> Tensor:

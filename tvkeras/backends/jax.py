@@ -25,9 +25,9 @@ def value_and_gradient(
     return jax.value_and_grad(function, argnums=positions, has_aux=True)(*arguments)
 
 
-def compiled(function: Callable[..., Any], jit_compile: bool = True) -> Callable[..., Any]:
-    """`function` of arrays under `jax.jit`; `jit_compile=False` leaves it as it is."""
-    return jax.jit(function) if jit_compile else function
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays under `jax.jit`."""
+    return jax.jit(function)
 
 
 def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], Any]:
@@ -45,6 +45,6 @@ def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], An
     return logs, (trainable, non_trainable, optimizer, metrics)
 
 
-def training_twin(classifier: keras.Model) -> keras.Model:
+def fast_twin(classifier: keras.Model) -> keras.Model:
     """`classifier` itself: XLA fuses BatchNorm without help."""
     return classifier

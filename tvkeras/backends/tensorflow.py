@@ -29,9 +29,10 @@ def value_and_gradient(
     return (value, auxiliary), gradients
 
 
-def compiled(function: Callable[..., Any], jit_compile: bool = False) -> Callable[..., Any]:
-    """`function` of tensors as one graph, under XLA if `jit_compile`."""
-    return tf.function(function, jit_compile=jit_compile, autograph=False, reduce_retracing=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of tensors as one graph; under XLA on an accelerator, not on a CPU."""
+    accelerated = bool(tf.config.list_physical_devices("GPU"))
+    return tf.function(function, jit_compile=accelerated, autograph=False, reduce_retracing=True)
 
 
 def train_step(model: Any, data: Any) -> dict[str, Tensor]:
@@ -50,8 +51,8 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     return model.compute_logs(update, images, labels, sample_weight)
 
 
-def training_twin(classifier: keras.Model) -> keras.Model:
-    """The same function, faster to train: BatchNorm as TensorFlow's fused kernel.
+def fast_twin(classifier: keras.Model) -> keras.Model:
+    """The same function, faster: BatchNorm as TensorFlow's fused kernel.
 
     Keras computes BatchNorm from elementary operations. The twin is a clone whose
     BatchNorm layers call the fused kernel; called statelessly with the classifier's

@@ -1,0 +1,102 @@
+"""Checkpoint files: arrays and a JSON header under one checksum, replaced atomically."""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+MAGIC = b"tvkeras1"
+
+
+class CheckpointError(ValueError):
+    """The file is no checkpoint, is damaged, or does not fit the model."""
+
+
+def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that `path` always holds a whole one, old or new.
+
+    Args:
+        path: Destination.
+        arrays: By name.
+        meta: Anything that JSON holds.
+    """
+    buffer = io.BytesIO()
+    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    np.savez(buffer, meta=header, **{f"array:{name}": array for name, array in arrays.items()})
+    payload = buffer.getvalue()
+    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the arrays and the header of a checkpoint.
+
+    Raises:
+        CheckpointError: If the file is truncated, altered or something else.
+    """
+    content = path.read_bytes()
+    start = len(MAGIC) + hashlib.sha256().digest_size
+    digest, payload = content[len(MAGIC) : start], content[start:]
+    if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
+        raise CheckpointError(
+            f"{path} is not a whole tvkeras checkpoint: its checksum does not match."
+        )
+    with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
+        arrays = {name[6:]: archive[name] for name in archive.files if name != "meta"}
+        return arrays, json.loads(archive["meta"].tobytes())
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Replaces the file at `path`; a crash leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def values(variables: list[keras.Variable]) -> dict[str, np.ndarray]:
+    """Variables as arrays, named by position and path."""
+    return {
+        name: keras.ops.convert_to_numpy(variable.value)
+        for name, variable in zip(_names(variables), variables, strict=True)
+    }
+
+
+def assign(variables: list[keras.Variable], arrays: Mapping[str, np.ndarray]) -> None:
+    """Sets variables to the arrays that `values` made of them.
+
+    Raises:
+        CheckpointError: If names or shapes differ; the message shows where.
+    """
+    expected = {
+        name: tuple(variable.shape)
+        for name, variable in zip(_names(variables), variables, strict=True)
+    }
+    found = {name: array.shape for name, array in arrays.items()}
+    if expected != found:
+        changes = [
+            f"  {name}: the model has {expected.get(name, 'nothing')}, "
+            f"the checkpoint {found.get(name, 'nothing')}"
+            for name in sorted(expected.keys() | found.keys())
+            if expected.get(name) != found.get(name)
+        ]
+        shown = "\n".join(changes[:10])
+        raise CheckpointError(f"the checkpoint is of another model:\n{shown}")
+    for variable, array in zip(variables, arrays.values(), strict=True):
+        variable.assign(array)
+
+
+def _names(variables: list[keras.Variable]) -> list[str]:
+    """Position and last part of the path: the rest counts the models of the process."""
+    return [f"{index}:{variable.path.split('/')[-1]}" for index, variable in enumerate(variables)]

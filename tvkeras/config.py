@@ -1,0 +1,89 @@
+"""gin: the configurable names, and errors that say what is legal. Only here gin is imported."""
+
+import inspect
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+from tvkeras import data, defenses, schedules
+
+CONFIGURABLES: tuple[Callable[..., Any], ...] = (
+    data.Augmentation,
+    defenses.AdversarialTraining,
+    defenses.TRADES,
+    defenses.TVLipschitz,
+    defenses.Undefended,
+    schedules.one_cycle,
+    schedules.sgd,
+    schedules.step_decay,
+)
+
+
+class ConfigError(ValueError):
+    """A gin file or binding that names something unknown."""
+
+
+def configurable(root: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the package's configurables and a command's root function known to gin.
+
+    Returns:
+        The root, which takes the arguments it is not given from the configuration.
+    """
+    for function in CONFIGURABLES:
+        _register(function)
+    return _register(root)
+
+
+def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+    """Reads gin files, then single bindings such as "train.epochs=30", which win.
+
+    Raises:
+        ConfigError: For a missing file, an unknown name or argument, a macro that
+            nothing reads, or text that is no gin; the message lists what is legal.
+    """
+    for file in files:
+        if not pathlib.Path(file).is_file():
+            folder = pathlib.Path(file).parent
+            near = sorted(str(path) for path in folder.glob("*.gin")) or "no gin files"
+            raise ConfigError(f"gin file {file!r} does not exist; {folder} has {near}.")
+    gin.clear_config()
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings))
+    except (ValueError, SyntaxError, OSError) as error:
+        raise ConfigError(f"{error}\nLegal settings:\n{_legal()}") from error
+
+
+def operative() -> str:
+    """Every setting that was used, defaults included, as a gin file."""
+    return str(gin.operative_config_str())
+
+
+_REGISTERED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _register(function: Callable[..., Any]) -> Callable[..., Any]:
+    if function not in _REGISTERED:
+        _REGISTERED[function] = gin.external_configurable(function, module="tvkeras")
+    return _REGISTERED[function]
+
+
+@gin.config.register_finalize_hook
+def _refuse_unread_macros(config: dict[tuple[str, str], Any]) -> None:
+    """gin accepts any macro; one that no setting reads is a mistyped name."""
+    macros = {scope for scope, selector in config if selector == "gin.macro"}
+    selectors = (reference.scoped_selector for reference in gin.config.iterate_references(config))
+    read = {selector.split("/")[0] for selector in selectors if selector.endswith("gin.macro")}
+    if unread := macros - read:
+        raise ValueError(
+            f"nothing reads the macros {sorted(unread)}; those that are read: {sorted(read)}. "
+            "A setting is written configurable.argument=value."
+        )
+
+
+def _legal() -> str:
+    return "\n".join(
+        f"  {function.__name__}: {', '.join(inspect.signature(function).parameters)}"
+        for function in sorted(_REGISTERED, key=lambda function: function.__name__)
+    )

@@ -1,0 +1,189 @@
+"""Trains a robust classifier: `python -m tvkeras.train --gin_file=gin/cifar_tv_lip.gin`."""
+
+import json
+import pathlib
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from absl import app, flags
+
+from tvkeras import checks, config, data, evaluation, models, runs, schedules
+from tvkeras.classifier import RobustClassifier
+from tvkeras.defenses import Defense
+
+TIMED_STEPS = 5
+
+
+def train(
+    *,
+    run_dir: str,
+    defense: Defense,
+    dataset: str = "cifar10",
+    test_split: str = "test",
+    download: bool = False,
+    image_size: int | None = None,
+    validation_fraction: float = 0.02,
+    augmentation: data.Augmentation | None = None,
+    model: str = "resnext34",
+    model_arguments: Mapping[str, Any] | None = None,
+    optimizer: Callable[[int], keras.optimizers.Optimizer] = schedules.sgd,
+    epochs: int = 200,
+    batch_size: int = 128,
+    precision: str = "float32",
+    jit_compile: bool | str = "auto",
+    steps_per_execution: int = 1,
+    seed: int = 0,
+    norm: str = "l2",
+    epsilons: tuple[float | str, ...] = (0.1, 0.25, "100/255"),
+    attacked_images: int = 1000,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Trains in a run folder, or goes on with the run that is in it, and measures.
+
+    Args:
+        run_dir: The run folder, see `tvkeras.runs`.
+        defense: What training minimises.
+        dataset: "digits" or a TFDS name.
+        test_split: TFDS split for the final measurement of a streamed data set.
+        download: Whether missing data may be downloaded.
+        image_size: None holds the data in memory; a number streams it as square
+            images of that side (see `tvkeras.data.stream`).
+        validation_fraction: Share of the training set held out to choose the best
+            epoch; the test set is never used for that.
+        augmentation: Of the training images, inside the compiled step.
+        model: A name of `tvkeras.models.BUILDERS`.
+        model_arguments: For the builder, such as {"width": 16}.
+        optimizer: Maps the number of steps of the run to an optimizer.
+        epochs: Passes over the training set.
+        batch_size: Images in a batch.
+        precision: Keras dtype policy: "float32", "mixed_bfloat16", "mixed_float16".
+        jit_compile: Whether XLA compiles the step; "auto" for accelerators only.
+        steps_per_execution: Steps in one call of the compiled function.
+        seed: Of everything random.
+        norm: Threat norm of the final measurement.
+        epsilons: Radii of the final measurement.
+        attacked_images: Test images attacked in the final measurement.
+        dry_run: Only print the plan, with the time of a few steps.
+
+    Returns:
+        What `evaluation.measure` finds on the test set for the best epoch's weights.
+
+    Raises:
+        ValueError: For an illegal argument, or a run folder of another configuration.
+        tvkeras.data.DataNotFoundError: If the data is not on this machine.
+        FloatingPointError: If the loss stops being finite.
+    """
+    # ---- Data ----------------------------------------------------------------------
+    checks.whole_number("epochs", epochs, minimum=1)
+    shared = {
+        "batch_size": batch_size,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "download": download,
+    }
+    if image_size is None:
+        splits = data.in_memory(dataset, **shared)
+    else:
+        splits = data.streamed(dataset, image_size=image_size, test_split=test_split, **shared)
+
+    # ---- Model and objective -------------------------------------------------------
+    random.seed(seed)  # Keras draws every layer's seed from here, on all backends
+    keras.config.set_dtype_policy(precision)
+    shape = {"input_shape": splits.test.images.shape[1:]}
+    classifier = models.build(model, splits.test.num_classes, **{**shape, **(model_arguments or {})})
+    robust = RobustClassifier(classifier, defense, augmentation=augmentation, seed=seed)
+    robust.compile(
+        optimizer(splits.steps * epochs),
+        metrics=["accuracy"],
+        jit_compile=jit_compile,
+        steps_per_execution=steps_per_execution,
+    )
+    robust.optimizer.build(robust.trainable_variables)
+    plan = {
+        "parameters": classifier.count_params(),
+        "steps_per_epoch": splits.steps,
+        "steps": splits.steps * epochs,
+    }
+    if dry_run:
+        return {**plan, "seconds_per_epoch": splits.steps * _seconds_per_step(robust, splits)}
+
+    # ---- Run folder ----------------------------------------------------------------
+    folder = pathlib.Path(run_dir)
+    runs.claim(folder, config.operative())
+    runs.describe(
+        folder,
+        **plan,
+        seed=seed,
+        defense=type(defense).__name__,
+        dataset=dataset,
+        data_sha256=splits.test.checksum,
+        versions=runs.versions(),
+    )
+    recorder = runs.Recorder(folder)
+    recorder.restore(robust)
+
+    # ---- Training ------------------------------------------------------------------
+    callbacks = [recorder]
+    if keras.backend.backend() == "tensorflow":
+        callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
+    if recorder.epoch < epochs:
+        robust.fit(
+            splits.train(recorder.epoch),
+            validation_data=splits.validation,
+            initial_epoch=recorder.epoch,
+            epochs=epochs,
+            steps_per_epoch=None if image_size is None else splits.steps,
+            callbacks=callbacks,
+            shuffle=False,  # the batches are shuffled already, as a function of the seed
+            verbose="auto" if sys.stdout.isatty() else 0,
+        )
+
+    # ---- Measurement, on the weights that are published ------------------------------
+    classifier.load_weights(recorder.best_path)
+    results = evaluation.measure(
+        classifier, splits.test, norm=norm, epsilons=epsilons, attacked_images=attacked_images
+    )
+    runs.describe(folder, train_seconds=round(recorder.seconds, 1), results=results)
+    return results
+
+
+def _seconds_per_step(robust: RobustClassifier, splits: data.Splits) -> float:
+    """Median time of a few steps, after one that compiles."""
+    images, labels = next(iter(splits.train(0)))
+    seconds = []
+    for _ in range(TIMED_STEPS + 1):
+        start = time.monotonic()
+        robust.train_on_batch(images, labels)
+        seconds.append(time.monotonic() - start)
+    return statistics.median(seconds[1:])
+
+
+# ---- Command line --------------------------------------------------------------------
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
+_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; default: runs/<gin file's name>.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and the time of an epoch only.")
+
+
+def main(_: list[str]) -> None:
+    """Parse, bind, call."""
+    train_configured = config.configurable(train)
+    try:
+        config.bind(_GIN_FILE.value, _GIN_PARAM.value)
+        name = pathlib.Path(_GIN_FILE.value[-1]).stem if _GIN_FILE.value else "default"
+        run_dir = _RUN_DIR.value or f"runs/{name}"
+        results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(results, indent=2))
+    if not _DRY_RUN.value:
+        print(f"run folder: {run_dir}")
+
+
+if __name__ == "__main__":
+    app.run(main)

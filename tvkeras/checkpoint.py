@@ -28,7 +28,8 @@ def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
     """
     buffer = io.BytesIO()
     header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    np.savez(buffer, meta=header, **{f"array:{name}": array for name, array in arrays.items()})
+    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
+    np.savez(buffer, meta=header, **entries)
     payload = buffer.getvalue()
     write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
 
@@ -47,7 +48,9 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{path} is not a whole tvkeras checkpoint: its checksum does not match."
         )
     with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
-        arrays = {name[6:]: archive[name] for name in archive.files if name != "meta"}
+        arrays = {
+            name.removeprefix("array:"): archive[name] for name in archive.files if name != "meta"
+        }
         return arrays, json.loads(archive["meta"].tobytes())
 
 

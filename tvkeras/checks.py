@@ -78,4 +78,3 @@ def epsilon(value: Any, argument: str = "epsilon") -> float:
                 f"got {argument}={value!r}."
             ) from None
     return number(argument, value, minimum=0.0)
-

@@ -39,7 +39,6 @@ class RobustClassifier(keras.Model):
             defence's step is too small for the classifier's precision.
 
     Example:
-
     ```python
     robust = tvkeras.RobustClassifier(classifier, defense=tvkeras.TVLipschitz())
     robust.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"])
@@ -118,7 +117,9 @@ class RobustClassifier(keras.Model):
                 probabilities.
         """
         if hasattr(x, "begin_epoch"):
-            begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: x.begin_epoch(epoch))
+            begin = keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, _: x.begin_epoch(epoch)
+            )
             kwargs["callbacks"] = [begin, *(kwargs.get("callbacks") or [])]
         first, x = _first_batch(x, y)
         if first is not None:

@@ -71,7 +71,7 @@ def _register(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @gin.config.register_finalize_hook
 def _refuse_unread_macros(config: dict[tuple[str, str], Any]) -> None:
-    """gin accepts any macro; one that no setting reads is a mistyped name."""
+    """Gin accepts any macro; one that no setting reads is a mistyped name."""
     macros = {scope for scope, selector in config if selector == "gin.macro"}
     selectors = (reference.scoped_selector for reference in gin.config.iterate_references(config))
     read = {selector.split("/")[0] for selector in selectors if selector.endswith("gin.macro")}

@@ -1,11 +1,11 @@
 """The run folder: what a training run writes, and how it continues from it.
 
-    config.gin            every setting that was used, defaults included
-    run.json              versions, backend, seed, data checksum, and the results
-    log.csv               one row an epoch
-    tensorboard/          the same, under the TensorFlow backend
-    checkpoints/last      weights, optimizer, seeds, epoch: a run goes on from here
-    best.weights.h5       the classifier at its best held-out accuracy, as float16
+config.gin            every setting that was used, defaults included
+run.json              versions, backend, seed, data checksum, and the results
+log.csv               one row an epoch
+tensorboard/          the same, under the TensorFlow backend
+checkpoints/last      weights, optimizer, seeds, epoch: a run goes on from here
+best.weights.h5       the classifier at its best held-out accuracy, as float16
 """
 
 import csv
@@ -40,7 +40,8 @@ def claim(run_dir: pathlib.Path, config: str) -> None:
             known.splitlines(), config.splitlines(), str(path), "this command", lineterm="", n=0
         )
         raise ValueError(
-            f"run_dir {run_dir} holds a run of another configuration:\n" + "\n".join(lines)
+            f"run_dir {run_dir} holds a run of another configuration:\n"
+            + "\n".join(lines)
             + "\nGo on with that configuration, or choose another --run_dir."
         )
     checkpoint.write_atomically(path, config.encode())
@@ -171,11 +172,10 @@ class Recorder(keras.callbacks.Callback):
         epochs = self.params["epochs"]
         pace = (time.monotonic() - self._resumed_at) / (self.epoch - self._first_epoch)
         left = pace * (epochs - self.epoch)
-        figures = "  ".join(
-            f"{name} {value:.4g}" for name, value in row.items() if name != "epoch"
-        )
-        keras.utils.io_utils.print_msg(
-            f"epoch {self.epoch}/{epochs}  {figures}  {pace:.1f} s/epoch, {left / 60:.0f} min left"
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        print(
+            f"epoch {self.epoch}/{epochs}  {figures}  {pace:.1f} s/epoch, {left / 60:.0f} min left",
+            flush=True,
         )
 
 

@@ -1,13 +1,13 @@
 """Optimizers and learning-rate schedules in fractions of a run, so that any length fits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from tvkeras import checks
 
-Schedule = keras.optimizers.schedules.LearningRateSchedule
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 
 
 def step_decay(

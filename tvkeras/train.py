@@ -80,7 +80,7 @@ def train(
     """
     # ---- Data ----------------------------------------------------------------------
     checks.whole_number("epochs", epochs, minimum=1)
-    shared = {
+    shared: dict[str, Any] = {
         "batch_size": batch_size,
         "validation_fraction": validation_fraction,
         "seed": seed,
@@ -95,7 +95,9 @@ def train(
     random.seed(seed)  # Keras draws every layer's seed from here, on all backends
     keras.config.set_dtype_policy(precision)
     shape = {"input_shape": splits.test.images.shape[1:]}
-    classifier = models.build(model, splits.test.num_classes, **{**shape, **(model_arguments or {})})
+    classifier = models.build(
+        model, splits.test.num_classes, **{**shape, **(model_arguments or {})}
+    )
     robust = RobustClassifier(classifier, defense, augmentation=augmentation, seed=seed)
     robust.compile(
         optimizer(splits.steps * epochs),

@@ -4,21 +4,19 @@
 `tensorflow.py` or `jax.py`; everything else in tvkeras is written in `keras.ops`.
 """
 
+import importlib
+
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from tvkeras.backends.tensorflow import (
-        compiled,
-        train_step,
-        fast_twin,
-        value_and_gradient,
-    )
-elif keras.backend.backend() == "jax":
-    from tvkeras.backends.jax import compiled, train_step, fast_twin, value_and_gradient
-else:
+if keras.backend.backend() not in ("tensorflow", "jax"):
     raise ImportError(
         "tvkeras runs on the Keras backends 'tensorflow' and 'jax', "
         f"got KERAS_BACKEND={keras.backend.backend()!r}."
     )
 
-__all__ = ["compiled", "train_step", "fast_twin", "value_and_gradient"]
+_module = importlib.import_module(f"tvkeras.backends.{keras.backend.backend()}")
+
+compiled = _module.compiled
+fast_twin = _module.fast_twin
+train_step = _module.train_step
+value_and_gradient = _module.value_and_gradient

@@ -45,14 +45,14 @@ def measure(
     trainable = [variable.value for variable in classifier.trainable_variables]
     state = [variable.value for variable in classifier.non_trainable_variables]
 
-    @backends.compiled
     def clean(images: Any, labels: Any) -> tuple[Any, Any, Any]:
         losses, logits, gradient = input_gradient(call, trainable, state, images, labels)
         return losses, ops.argmax(logits, axis=1), norms.dual_length(gradient, norm)
 
+    compiled_clean = backends.compiled(clean)
     losses, wrong, sizes = [], [], []
     for images, labels in _batches(examples, len(examples), batch_size):
-        loss, predicted, size = map(ops.convert_to_numpy, clean(images, labels))
+        loss, predicted, size = map(ops.convert_to_numpy, compiled_clean(images, labels))
         losses.append(loss)
         wrong.append(predicted != labels)
         sizes.append(size)
@@ -70,7 +70,9 @@ def measure(
         "attacked_images_clean_error": float(wrong_all[:count].mean()),
         **{
             f"{name}_error": {
-                str(epsilon): _attacked_error(classifier, examples, count, batch_size, attack, epsilon)
+                str(epsilon): _attacked_error(
+                    classifier, examples, count, batch_size, attack, epsilon
+                )
                 for epsilon in epsilons
             }
             for name, attack in (

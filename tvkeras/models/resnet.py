@@ -6,9 +6,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_VARIANCE = (0.229**2, 0.224**2, 0.225**2)
 
 
-def resnet50(
-    num_classes: int, input_shape: tuple[int, int, int] = (224, 224, 3)
-) -> keras.Model:
+def resnet50(num_classes: int, input_shape: tuple[int, int, int] = (224, 224, 3)) -> keras.Model:
     """ResNet-50 with linear logits, untrained.
 
     Args:

@@ -1,0 +1,54 @@
+"""Trains digits with and without a defence and compares: `python -m tvkeras.quickstart`."""
+
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from tvkeras import config, evaluation
+from tvkeras.train import train
+
+EXPERIMENTS = {
+    "undefended": "gin/digits_undefended.gin",
+    "TV + Lipschitz": "gin/digits_tv_lip.gin",
+}
+
+_FOLDER = flags.DEFINE_string("folder", "runs/quickstart", "Where the runs and the figure go.")
+
+
+def main(_: list[str]) -> None:
+    """Trains both, prints a table, writes a figure."""
+    folder = pathlib.Path(_FOLDER.value)
+    train_configured = config.configurable(train)
+    reports: dict[str, dict[str, Any]] = {}
+    for name, file in EXPERIMENTS.items():
+        run_dir = folder / pathlib.Path(file).stem
+        shutil.rmtree(run_dir, ignore_errors=True)
+        print(f"\nTraining {name} ({file})", flush=True)
+        try:
+            config.bind([file])
+        except config.ConfigError as error:
+            sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
+        reports[name] = train_configured(run_dir=str(run_dir))
+    figure = folder / "comparison.png"
+    evaluation.error_curves(reports, figure)
+    print(f"\n{_table(reports)}\n\nfigure: {figure}\nrun folders: {folder}/*")
+
+
+def _table(reports: dict[str, dict[str, Any]]) -> str:
+    radii = list(next(iter(reports.values()))["pgd_error"])
+    heading = "".join(f"{f'PGD l2 {radius}':>13}" for radius in radii)
+    lines = [f"{'test error, %':<16}{'clean':>7}{heading}{'mean |grad|':>13}{'max |grad|':>12}"]
+    for name, report in reports.items():
+        errors = "".join(f"{100 * report['pgd_error'][radius]:13.1f}" for radius in radii)
+        lines.append(
+            f"{name:<16}{100 * report['clean_error']:7.1f}{errors}"
+            f"{report['gradient_norm_mean']:13.3f}{report['gradient_norm_max']:12.2f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

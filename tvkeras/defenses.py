@@ -110,7 +110,8 @@ class TrainingBatch:
         """Mean over the batch of `values`, shape `(batch,)`, with the sample weights."""
         if self.sample_weight is not None:
             values = values * self.sample_weight
-        return ops.mean(values)
+        count = ops.cast(ops.shape(values)[0], values.dtype)
+        return ops.sum(values) / count  # under JAX, ops.mean rounds float64 to float32
 
     def maximum(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Index and value of the largest of `values` among images that count."""
@@ -186,8 +187,8 @@ class Defense:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Defense":
-        """The inverse of `get_config`."""
-        return cls(**config)
+        """The inverse of `get_config`, also after JSON has made lists of tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 
 @keras.saving.register_keras_serializable("tvkeras")
@@ -272,6 +273,11 @@ class TVLipschitz(Defense):
         checks.number(
             "penalty_fraction", self.penalty_fraction, minimum=0.0, maximum=1.0, exclusive=True
         )
+        if self.penalty_fraction < 1.0 and self.method == "double_backprop":
+            raise ValueError(
+                "penalty_fraction must be 1 with method='double_backprop', the exact reference, "
+                f"got penalty_fraction={self.penalty_fraction}."
+            )
 
     def check_precision(self, compute_dtype: str) -> None:
         """Raises ValueError if rounding swamps the difference quotient.
@@ -499,6 +505,8 @@ def _check_attack(defense: AdversarialTraining | TRADES) -> None:
     checks.whole_number("steps", defense.steps, minimum=1)
     if defense.step_size is not None:
         checks.epsilon(defense.step_size, "step_size")
+    if defense.bounds is not None and not defense.bounds[0] < defense.bounds[1]:
+        raise ValueError(f"bounds must be (low, high), got bounds={defense.bounds}.")
 
 
 def _attack(

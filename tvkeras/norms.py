@@ -38,13 +38,14 @@ def length(x: Tensor, norm: str) -> Tensor:
     """
     checks.one_of("norm", norm, DUALS)
     x = _flat(x)
+    magnitude = x * ops.stop_gradient(ops.sign(x))  # the derivative of ops.abs at 0 is 1 in JAX
     if norm == "l1":
-        return ops.sum(ops.abs(x), axis=1)
+        return ops.sum(magnitude, axis=1)
     if norm == "linf":
-        return ops.max(ops.abs(x), axis=1)
+        return ops.max(magnitude, axis=1)
     unit, largest, usable = _scaled(x)
     root = ops.sqrt(ops.where(usable, ops.sum(ops.square(unit), axis=1), 1.0))
-    return ops.where(usable, largest * root, ops.sum(ops.abs(x), axis=1))
+    return ops.where(usable, largest * root, ops.sum(magnitude, axis=1))
 
 
 def dual_length(g: Tensor, norm: str) -> Tensor:

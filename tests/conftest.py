@@ -1,0 +1,97 @@
+"""Fixtures shared by all tests; the backend is the one of KERAS_BACKEND."""
+
+import os
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
+import gin
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tvkeras.data
+
+BACKEND = keras.backend.backend()
+
+
+@pytest.fixture(autouse=True)
+def _clean_state():
+    """Every test starts from the same seed, precision and empty configuration."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("float32")
+    gin.clear_config()
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Data prepared by the tests goes nowhere else."""
+    os.environ["TVKERAS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+
+
+def net(*, dtype="float64", activation="softplus", batch_norm=False, dropout=0.0, regularizer=None):
+    """A small convolutional classifier of 6x6x2 images into 4 classes."""
+    keras.config.set_dtype_policy(dtype)
+    images = keras.Input((6, 6, 2), dtype=keras.config.dtype_policy().variable_dtype)
+    x = layers.Conv2D(5, 3, kernel_regularizer=regularizer)(images)
+    if batch_norm:
+        x = layers.BatchNormalization()(x)
+    x = layers.Activation(activation)(x)
+    x = layers.Flatten()(x)
+    if dropout:
+        x = layers.Dropout(dropout, seed=1)(x)
+    model = keras.Model(images, layers.Dense(4)(x))
+    keras.config.set_dtype_policy("float32")
+    return model
+
+
+def batch(count=8, dtype="float64", seed=0):
+    """Random images and labels for `net`."""
+    rng = np.random.default_rng(seed)
+    images = rng.random((count, 6, 6, 2)).astype(dtype)
+    return images, rng.integers(0, 4, count)
+
+
+def update(defense, classifier, images, labels, weight=None, loss=None, seed=0):
+    """The update of one step and the robust classifier that made it, eagerly."""
+    robust = tvkeras.RobustClassifier(classifier, defense, seed=seed, dtype=classifier.dtype)
+    robust.compile(keras.optimizers.SGD(0.1), loss=loss)
+    trainable = [keras.ops.convert_to_tensor(v.value) for v in robust.trainable_variables]
+    state = [keras.ops.convert_to_tensor(v.value) for v in robust.non_trainable_variables]
+    result, _ = robust.compute_update(
+        trainable,
+        state,
+        keras.ops.convert_to_tensor(images),
+        keras.ops.convert_to_tensor(labels),
+        None if weight is None else keras.ops.convert_to_tensor(weight),
+    )
+    return result
+
+
+def arrays(tensors):
+    """Tensors as NumPy arrays."""
+    return [keras.ops.convert_to_numpy(tensor) for tensor in tensors]
+
+
+def assert_close(actual, expected, rtol=1e-9):
+    """Lists of tensors agree to `rtol` of the largest entry of all."""
+    actual, expected = arrays(actual), arrays(expected)
+    scale = max(np.abs(array).max() for array in expected)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=rtol * scale)
+
+
+def distance(actual, expected):
+    """Relative l2 distance of two lists of tensors."""
+    flat = [np.concatenate([a.ravel() for a in arrays(side)]) for side in (actual, expected)]
+    return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Training and test digits."""
+    return tvkeras.data.load("digits", "train"), tvkeras.data.load("digits", "test")

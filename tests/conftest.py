@@ -95,3 +95,36 @@ def distance(actual, expected):
 def digits():
     """Training and test digits."""
     return tvkeras.data.load("digits", "train"), tvkeras.data.load("digits", "test")
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """A prepared TFDS data set of differently large images, as ImageNet's are."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Synthetic(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            }
+            features = tfds.features.FeaturesDict(features)
+            return self.dataset_info_from_configs(
+                features=features, supervised_keys=("image", "label")
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(70), "validation": self._generate_examples(20)}
+
+        def _generate_examples(self, count):
+            rng = np.random.default_rng(count)
+            for index in range(count):
+                height, width = rng.integers(40, 60, 2)
+                image = np.full((height, width, 3), index, np.uint8)
+                yield index, {"image": image, "label": index % 3}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Synthetic(data_dir=folder).download_and_prepare()
+    return Synthetic(data_dir=folder)

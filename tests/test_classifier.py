@@ -58,7 +58,7 @@ def test_any_classifier_trains(make, size):
     _, history = fitted(make(), size=size)
     expected = {"loss", "accuracy", "total_variation", "lipschitz", "val_loss", "val_accuracy"}
     assert set(history) == expected
-    assert np.isfinite([values for values in history.values()]).all()
+    assert np.isfinite(list(history.values())).all()
     assert history["lipschitz"][0] >= history["total_variation"][0] > 0
 
 
@@ -243,7 +243,7 @@ def test_hidden_probabilities_are_found_at_the_first_batch():
 
 
 def test_other_misuse_is_refused():
-    with pytest.raises(ValueError, match="classifier must be a built keras.Model"):
+    with pytest.raises(ValueError, match=r"classifier must be a built keras\.Model"):
         tvkeras.RobustClassifier(keras.Sequential([layers.Dense(4)]), DEFENSE)
     with pytest.raises(ValueError, match="Use an instance such as"):
         tvkeras.RobustClassifier(net(), TVLipschitz)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,5 +102,8 @@ def assign(variables: list[keras.Variable], arrays: Mapping[str, np.ndarray]) ->
 
 
 def _names(variables: list[keras.Variable]) -> list[str]:
-    """Position and last part of the path: the rest counts the models of the process."""
-    return [f"{index}:{variable.path.split('/')[-1]}" for index, variable in enumerate(variables)]
+    """Positions and names, without the numbers that count the layers of the process."""
+    return [
+        f"{index}:{re.sub(r'_[0-9]+', '', variable.path.split('/')[-1])}"
+        for index, variable in enumerate(variables)
+    ]

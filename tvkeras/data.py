@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -60,16 +59,14 @@ class Splits(NamedTuple):
     """What a training run draws from.
 
     Attributes:
-        train: Maps the first epoch to batches that go on from there.
+        train: Shuffled batches.
         validation: Batches of the held-out part, or None.
         test: For the final measurement.
-        steps: Batches in an epoch.
     """
 
-    train: Callable[[int], Any]
-    validation: Any
+    train: keras.utils.PyDataset
+    validation: keras.utils.PyDataset | None
     test: Examples
-    steps: int
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -264,12 +261,10 @@ def in_memory(
     """
     test = load(name, "test", download=download)
     examples, validation = held_out(load(name, "train", download=download), validation_fraction)
-    batches = Batches(examples, batch_size, seed=seed)
     return Splits(
-        train=lambda epoch: batches,
+        train=Batches(examples, batch_size, seed=seed),
         validation=Batches(validation, batch_size) if len(validation) else None,
         test=test,
-        steps=len(batches),
     )
 
 
@@ -297,45 +292,39 @@ def streamed(
         download: Whether missing data may be downloaded.
     """
     builder = _builder(name, download)
-    count = builder.info.splits["train"].num_examples
+    infos = builder.info.splits
+    count = infos["train"].num_examples
     kept = count - round(validation_fraction * count)
-    options: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size}
-    test = list(stream(builder, f"{test_split}[:{test_images}]", **options)[0].as_numpy_iterator())
-    label = builder.info.supervised_keys[1]
+    measured = min(test_images, infos[test_split].num_examples)
     if kept < batch_size:
         raise ValueError(f"batch_size must be <= {kept}, got batch_size={batch_size}.")
+
+    def stream(split: str, seed: int | None = None) -> Stream:
+        options = {"batch_size": batch_size, "image_size": image_size, "seed": seed}
+        return Stream(builder, split, **options)
+
+    test = stream(f"{test_split}[:{measured}]")
+    images, labels = zip(*(test[index] for index in range(len(test))), strict=True)
     return Splits(
-        train=lambda epoch: stream(
-            builder, f"train[:{kept}]", **options, seed=seed, first_epoch=epoch
-        ),
-        validation=stream(builder, f"train[{kept}:]", **options) if kept < count else None,
+        train=stream(f"train[:{kept}]", seed),
+        validation=stream(f"train[{kept}:]") if kept < count else None,
         test=Examples(
             name=name,
             split=test_split,
-            images=np.concatenate([images for images, _ in test]),
-            labels=np.concatenate([labels for _, labels in test]),
-            num_classes=builder.info.features[label].num_classes,
+            images=np.concatenate(images),
+            labels=np.concatenate(labels),
+            num_classes=builder.info.features[builder.info.supervised_keys[1]].num_classes,
             checksum=f"{builder.info.full_name}, not checksummed: streamed",
         ),
-        steps=kept // batch_size,
     )
 
 
-def stream(
-    builder: Any,
-    split: str,
-    *,
-    batch_size: int,
-    image_size: int,
-    seed: int | None = None,
-    shuffle_buffer: int = 10_000,
-    first_epoch: int = 0,
-) -> Any:
-    """Batches of a prepared TFDS data set as a `tf.data.Dataset`, in constant memory.
+class Stream(keras.utils.PyDataset):
+    """Batches of a prepared TFDS data set, read by `tf.data` in constant memory.
 
     Training (a `seed`) draws a random crop of 8 to 100 % of the area and a flip for
-    each image, a function of (seed, epoch, index), repeats without end and drops an
-    epoch's last, smaller batch; evaluation crops the centre and keeps it.
+    each image, a function of (seed, epoch, index), and drops an epoch's last, smaller
+    batch; evaluation crops the centre and keeps it.
 
     Args:
         builder: A TFDS builder whose data is prepared.
@@ -343,53 +332,83 @@ def stream(
         batch_size: Images in a batch.
         image_size: Side of the square images.
         seed: Seed of order and augmentation; None for evaluation.
-        shuffle_buffer: Images among which the next one is drawn.
-        first_epoch: Epoch to begin with.
-
-    Returns:
-        A data set of (uint8 images, int64 labels).
+        shuffle_buffer: Encoded images among which the next one is drawn.
     """
-    import tensorflow as tf
 
-    source = builder.as_dataset(split=split, shuffle_files=False)
-    image_key, label_key = builder.info.supervised_keys
+    def __init__(
+        self,
+        builder: Any,
+        split: str,
+        *,
+        batch_size: int,
+        image_size: int,
+        seed: int | None = None,
+        shuffle_buffer: int = 10_000,
+    ) -> None:
+        super().__init__()
+        self.builder = builder
+        self.split = split
+        self.batch_size = checks.whole_number("batch_size", batch_size, minimum=1)
+        self.image_size = checks.whole_number("image_size", image_size, minimum=1)
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.begin_epoch(0)
 
-    def prepare(epoch: Tensor, index: Tensor, example: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        image = example[image_key]
-        if seed is None:
-            side = tf.reduce_min(tf.shape(image)[:2])
-            image = tf.image.resize_with_crop_or_pad(image, side, side)
-        else:
-            key = tf.stack([seed + (epoch << 32), index])
-            box, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-                tf.shape(image),
-                tf.zeros((1, 0, 4)),
-                seed=key,
-                area_range=(0.08, 1.0),
-                use_image_if_no_bounding_boxes=True,
-            )
-            image = tf.image.stateless_random_flip_left_right(tf.slice(image, box, extent), key)
-        image = tf.image.resize(image, (image_size, image_size), antialias=True)
-        image = tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
-        return image, tf.cast(example[label_key], tf.int64)
+    def begin_epoch(self, epoch: int) -> None:
+        """Orders the images for `epoch`; `RobustClassifier.fit` calls it."""
+        self._epoch, self._next, self._iterator = epoch, 0, iter(())
 
-    def one_epoch(epoch: Tensor) -> Any:
-        dataset = source.enumerate()
-        if seed is not None:
-            dataset = dataset.shuffle(
-                shuffle_buffer, seed=seed + epoch, reshuffle_each_iteration=False
-            )
-        dataset = dataset.map(
-            lambda index, example: prepare(epoch, index, example),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        return dataset.batch(batch_size, drop_remainder=seed is not None)
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(self.builder.info.splits[self.split].num_examples, self.batch_size)
+        return whole + (rest > 0 and self.seed is None)
 
-    if seed is None:
-        return one_epoch(tf.constant(0, tf.int64)).prefetch(tf.data.AUTOTUNE)
-    epochs = tf.data.Dataset.counter(start=first_epoch)
-    return epochs.flat_map(one_epoch).prefetch(tf.data.AUTOTUNE)
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images, uint8 `(batch, image_size, image_size, channels)`, and labels `(batch,)`.
+
+        Batches are read one after the other; a jump starts the pipeline anew.
+        """
+        if index != self._next or index == 0:
+            self._iterator = self._pipeline(index).as_numpy_iterator()
+        self._next = index + 1
+        return next(self._iterator)
+
+    def _pipeline(self, first_batch: int) -> Any:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        image_key, label_key = self.builder.info.supervised_keys
+        image_feature = self.builder.info.features[image_key]
+        encoded = {image_key: tfds.decode.SkipDecoding()}
+        dataset = self.builder.as_dataset(split=self.split, shuffle_files=False, decoders=encoded)
+        dataset = dataset.enumerate()
+
+        def prepare(index: Tensor, example: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            image = image_feature.decode_example(example[image_key])
+            if self.seed is None:
+                side = tf.reduce_min(tf.shape(image)[:2])
+                image = tf.image.resize_with_crop_or_pad(image, side, side)
+            else:
+                key = tf.stack([tf.constant(self.seed + (self._epoch << 32), tf.int64), index])
+                begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+                    tf.shape(image),
+                    tf.zeros((1, 0, 4)),
+                    seed=key,
+                    area_range=(0.08, 1.0),
+                    use_image_if_no_bounding_boxes=True,
+                )
+                image = tf.slice(image, begin, size)
+                image = tf.image.stateless_random_flip_left_right(image, key)
+            image = tf.image.resize(image, (self.image_size, self.image_size), antialias=True)
+            image = tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
+            return image, example[label_key]
+
+        if self.seed is not None:
+            order = int(np.random.default_rng((self.seed, self._epoch)).integers(2**31))
+            dataset = dataset.shuffle(self.shuffle_buffer, order, reshuffle_each_iteration=False)
+        dataset = dataset.skip(first_batch * self.batch_size)
+        dataset = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return dataset.batch(self.batch_size).prefetch(tf.data.AUTOTUNE)
 
 
 def _cache(cache_dir: str | os.PathLike[str] | None) -> pathlib.Path:

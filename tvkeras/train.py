@@ -52,7 +52,7 @@ def train(
         test_split: TFDS split for the final measurement of a streamed data set.
         download: Whether missing data may be downloaded.
         image_size: None holds the data in memory; a number streams it as square
-            images of that side (see `tvkeras.data.stream`).
+            images of that side (see `tvkeras.data.Stream`).
         validation_fraction: Share of the training set held out to choose the best
             epoch; the test set is never used for that.
         augmentation: Of the training images, inside the compiled step.
@@ -91,6 +91,8 @@ def train(
     else:
         splits = data.streamed(dataset, image_size=image_size, test_split=test_split, **shared)
 
+    steps = len(splits.train)
+
     # ---- Model and objective -------------------------------------------------------
     random.seed(seed)  # Keras draws every layer's seed from here, on all backends
     keras.config.set_dtype_policy(precision)
@@ -100,7 +102,7 @@ def train(
     )
     robust = RobustClassifier(classifier, defense, augmentation=augmentation, seed=seed)
     robust.compile(
-        optimizer(splits.steps * epochs),
+        optimizer(steps * epochs),
         metrics=["accuracy"],
         jit_compile=jit_compile,
         steps_per_execution=steps_per_execution,
@@ -108,11 +110,11 @@ def train(
     robust.optimizer.build(robust.trainable_variables)
     plan = {
         "parameters": classifier.count_params(),
-        "steps_per_epoch": splits.steps,
-        "steps": splits.steps * epochs,
+        "steps_per_epoch": steps,
+        "steps": steps * epochs,
     }
     if dry_run:
-        return {**plan, "seconds_per_epoch": splits.steps * _seconds_per_step(robust, splits)}
+        return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
 
     # ---- Run folder ----------------------------------------------------------------
     folder = pathlib.Path(run_dir)
@@ -135,11 +137,10 @@ def train(
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
     if recorder.epoch < epochs:
         robust.fit(
-            splits.train(recorder.epoch),
+            splits.train,
             validation_data=splits.validation,
             initial_epoch=recorder.epoch,
             epochs=epochs,
-            steps_per_epoch=None if image_size is None else splits.steps,
             callbacks=callbacks,
             shuffle=False,  # the batches are shuffled already, as a function of the seed
             verbose="auto" if sys.stdout.isatty() else 0,
@@ -154,9 +155,9 @@ def train(
     return results
 
 
-def _seconds_per_step(robust: RobustClassifier, splits: data.Splits) -> float:
+def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) -> float:
     """Median time of a few steps, after one that compiles."""
-    images, labels = next(iter(splits.train(0)))
+    images, labels = batches[0]
     seconds = []
     for _ in range(TIMED_STEPS + 1):
         start = time.monotonic()

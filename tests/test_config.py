@@ -1,0 +1,72 @@
+import pathlib
+
+import gin
+import pytest
+
+from tvkeras import config, train
+from tvkeras.defenses import Defense
+
+EXPERIMENTS = sorted(pathlib.Path("gin").glob("*_*.gin"))
+TALK = ("undefended", "fgsm", "tv", "tv_lip_light", "tv_lip", "tv_lip_strong", "pgd")
+
+
+@pytest.fixture
+def configured():
+    return config.configurable(train.train)
+
+
+def bound(name):
+    return gin.query_parameter(name)
+
+
+def test_there_is_a_file_for_every_row_of_the_talk():
+    assert {f"gin/cifar_{row}.gin" for row in TALK} <= {str(path) for path in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+@pytest.mark.parametrize("more", [[], ["gin/fast.gin"], ["gin/fast.gin", "gin/small.gin"]])
+def test_every_experiment_binds(path, more, configured):
+    config.bind([str(path), *more])
+    assert isinstance(bound("train.defense").scoped_configurable_fn(), Defense)
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert f"python -m tvkeras.train --gin_file={path}" in text
+
+
+def test_the_command_line_wins_over_files(configured):
+    config.bind(
+        ["gin/cifar_tv.gin", "gin/fast.gin"], ["train.epochs=3", "TVLipschitz.tv_weight='8/255'"]
+    )
+    assert bound("train.epochs") == 3
+    assert bound("TVLipschitz.tv_weight") == "8/255"
+    assert bound("train.model") == "resnext34"
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("trian.epochs=3", "No configurable matching 'trian'"),
+        ("train.epoch=3", "doesn't have a parameter named 'epoch'"),
+        ("train.defense=@TVLipshitz()", "No configurable matching reference"),
+        ("EPOCHS=3", r"nothing reads the macros \['EPOCHS'\]"),
+        ("train.epochs=%EPOCHS", "EPOCHS"),
+        ("train.epochs=three", "three"),
+        ("train.epochs==3", "parse"),
+    ],
+)
+def test_a_mistyped_setting_stops_with_the_legal_ones(binding, message, configured):
+    with pytest.raises(config.ConfigError, match=message) as caught:
+        config.bind([], [binding])
+    assert "TVLipschitz: norm, tv_weight, lipschitz_weight" in str(caught.value)
+    assert "train: run_dir, defense" in str(caught.value)
+
+
+def test_a_missing_file_lists_those_there_are(configured):
+    with pytest.raises(config.ConfigError, match=r"'gin/cifar.gni' does not exist; .*cifar_tv"):
+        config.bind(["gin/cifar.gni"])
+
+
+def test_a_bad_value_is_refused_when_it_is_used(configured):
+    config.bind(["gin/digits_tv_lip.gin"], ["TVLipschitz.tv_weight='a lot'"])
+    with pytest.raises(ValueError, match="tv_weight must be a number or a fraction"):
+        configured(run_dir="unused")

@@ -1,0 +1,73 @@
+"""What importing does, and that the backends agree."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tvkeras
+
+
+def python(code, backend="tensorflow"):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_ENABLE_X64": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    ).stdout
+
+
+def test_importing_tvkeras_loads_nothing_heavy():
+    loaded = python("import sys, tvkeras; print(*sys.modules)").split()
+    assert not {"keras", "tensorflow", "jax", "gin", "sklearn", "matplotlib"} & set(loaded)
+
+
+def test_public_names_resolve_and_unknown_ones_list_them():
+    for name in tvkeras.__all__:
+        assert getattr(tvkeras, name) is not None
+    assert set(tvkeras.__all__) <= set(dir(tvkeras))
+    with pytest.raises(AttributeError, match="TVLipschitz"):
+        _ = tvkeras.TVLipshitz
+
+
+@pytest.mark.slow
+def test_jax_trains_and_measures_without_tensorflow(tmp_path):
+    code = f"""
+import sys
+sys.modules["tensorflow"] = None  # any import of it fails
+from tvkeras import config, train
+configured = config.configurable(train.train)
+config.bind(["gin/digits_tv_lip.gin"], ["train.epochs=1", "train.model_arguments={{'width': 4}}"])
+print(configured(run_dir={str(tmp_path)!r})["clean_error"])
+"""
+    assert 0 <= float(python(code, "jax").splitlines()[-1]) <= 1
+
+
+GRADIENTS = """
+import json, sys
+import numpy as np
+from tests.conftest import arrays, batch, net, update
+from tvkeras.defenses import AdversarialTraining, TRADES, TVLipschitz
+
+classifier = net()
+rng = np.random.default_rng(0)
+classifier.set_weights([rng.normal(size=w.shape, scale=0.3) for w in classifier.get_weights()])
+defenses = [
+    TVLipschitz(norm=norm, scheme=scheme, lipschitz_weight=0.3)
+    for norm in ("l1", "l2", "linf")
+    for scheme in ("forward", "central")
+]
+defenses += [TVLipschitz(method="double_backprop"), AdversarialTraining(random_start=False)]
+print(json.dumps([[a.tolist() for a in arrays(update(d, classifier, *batch()).gradients)]
+                  for d in defenses]))
+"""
+
+
+@pytest.mark.slow
+def test_tensorflow_and_jax_compute_equal_gradients():
+    results = [json.loads(python(GRADIENTS, backend)) for backend in ("tensorflow", "jax")]
+    for one, other in zip(*results, strict=True):
+        scale = max(np.abs(gradient).max() for gradient in map(np.array, other))
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)

@@ -1,0 +1,187 @@
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import tvkeras
+from tests.conftest import BACKEND
+from tvkeras import checkpoint, config, data, runs, schedules, train
+
+SMALL = [
+    "train.epochs=2",
+    "train.model_arguments={'width': 4}",
+    "train.epsilons=(0.5,)",
+    "train.attacked_images=60",
+]
+
+
+def run(run_dir, *bindings, file="gin/digits_tv_lip.gin", **arguments):
+    configured = config.configurable(train.train)
+    config.bind([file], [*SMALL, *bindings])
+    return configured(run_dir=str(run_dir), **arguments)
+
+
+def log(run_dir):
+    with open(run_dir / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_a_complete_folder(tmp_path):
+    report = run(tmp_path)
+    description = json.loads((tmp_path / "run.json").read_text())
+    assert description["results"] == report
+    assert description["seed"] == 0
+    assert description["data_sha256"] == data.load("digits", "test").checksum
+    assert description["versions"]["backend"] == BACKEND
+    assert "train.epochs = 2" in (tmp_path / "config.gin").read_text()
+    assert "one_cycle.warmup = 0.2" in (tmp_path / "config.gin").read_text()  # a default
+    rows = log(tmp_path)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"loss", "val_accuracy", "total_variation", "lipschitz", "learning_rate"} <= set(rows[0])
+    assert (tmp_path / "tensorboard").exists() == (BACKEND == "tensorflow")
+
+
+def test_the_published_weights_are_half_size_and_give_the_reported_error(tmp_path):
+    report = run(tmp_path)
+    classifier = tvkeras.models.build("small_cnn", 10, width=4)
+    classifier.load_weights(tmp_path / "best.weights.h5")
+    assert {str(w.dtype) for w in classifier.get_weights()} == {"float32"}
+    for weights in classifier.get_weights():
+        np.testing.assert_array_equal(weights, weights.astype("float16").astype("float32"))
+    test = data.load("digits", "test")
+    predicted = classifier.predict(test.images.astype("float32") / 255, verbose=0).argmax(axis=1)
+    assert report["clean_error"] == pytest.approx((predicted != test.labels).mean())
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Two epochs and two more are the same as four, to the last bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    bindings = ("train.epochs=4", "train.augmentation=@Augmentation()", "Augmentation.cutout=2")
+    run(whole, *bindings)
+    recorded = runs.Recorder.on_epoch_end
+
+    def interrupted(self, epoch, logs=None):
+        recorded(self, epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Recorder, "on_epoch_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, *bindings)
+    keras.utils.set_random_seed(123)
+    run(parts, *bindings)
+    assert (parts / "log.csv").read_text() == (whole / "log.csv").read_text()
+    found, expected = (
+        checkpoint.load(folder / "checkpoints" / "last")[0] for folder in (parts, whole)
+    )
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"-train.batch_size = 64\n\+train.batch_size = 32"):
+        run(tmp_path, "train.batch_size=32")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "checkpoints" / "last"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+        run(tmp_path)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    plan = run(tmp_path / "run", dry_run=True)
+    assert plan["steps_per_epoch"] == 20
+    assert plan["steps"] == 40
+    assert plan["parameters"] == tvkeras.models.build("small_cnn", 10, width=4).count_params()
+    assert plan["seconds_per_epoch"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is (nan|inf) .* learning rate .* good checkpoint"
+    ):
+        run(tmp_path, "one_cycle.learning_rate=1e30", "one_cycle.warmup=0.0")
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("train.epochs='3'", "epochs must be a whole number"),
+        ("train.model='resnext35'", "Did you mean 'resnext34'"),
+        ("train.batch_size=5000", "batch_size must be <= 1293"),
+        ("train.validation_fraction=1.0", "fraction must be a number"),
+    ],
+)
+def test_bad_settings_stop_before_training(binding, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", binding)
+    assert not (tmp_path / "run").exists()
+
+
+def test_schedules_fit_any_length():
+    for steps in (10, 1000):
+        decay = schedules.step_decay(steps, learning_rate=0.1)
+        rates = [float(decay(step)) for step in (0, round(0.45 * steps), round(0.7 * steps), steps)]
+        np.testing.assert_allclose(rates, [0.1, 0.02, 0.004, 0.0008], rtol=1e-5)
+        cycle = schedules.one_cycle(steps, learning_rate=0.5, warmup=0.2)
+        rates = [float(cycle(step)) for step in (0, round(0.2 * steps), steps)]
+        np.testing.assert_allclose(rates, [0, 0.5, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="factors must have one entry more"):
+        schedules.step_decay(10, boundaries=(0.5,))
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "tvkeras.train", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_reports_errors_in_one_message(tmp_path):
+    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=train.epoch=1")
+    assert failed.returncode == 1
+    assert "error: Configurable 'train' doesn't have a parameter named 'epoch'" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    done = command(
+        "--gin_file=gin/digits_undefended.gin",
+        *(f"--gin_param={binding}" for binding in SMALL),
+        f"--run_dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2" in done.stdout
+    assert f"run folder: {tmp_path / 'run'}" in done.stdout
+
+
+def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "_builder", lambda name, download=False: synthetic)
+    report = run(
+        tmp_path,
+        "train.model='resnext10'",
+        "train.model_arguments={'width': 4}",
+        "train.image_size=16",
+        "train.batch_size=16",
+        "train.precision='mixed_bfloat16'",
+        "TVLipschitz.fd_step=0.1",
+        "train.attacked_images=10",
+        file="gin/imagenet_tv.gin",
+    )
+    assert report["images"] == 20
+    assert len(log(tmp_path)) == 2
+    assert pathlib.Path(tmp_path / "best.weights.h5").exists()

@@ -14,7 +14,7 @@ from absl import app
 
 from tvkeras import backends, norms
 
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+STEPS = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 IMAGES = np.random.default_rng(0).random((64, 32, 32, 3), "float32")
 LABELS = np.random.default_rng(1).integers(0, 10, 64)
 

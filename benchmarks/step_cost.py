@@ -6,7 +6,8 @@ Times whole optimizer steps of the same network on the same batch, in turns, so
 that a change of the machine's speed meets all alike; quotes medians. Peak memory is
 that of a process of its own for each variant, over what it held before its first
 step. With torch installed and a checkout of the paper's public code (its folder
-with `cifar10/`), its plain and penalised steps are timed in the same turns.
+with `cifar10/`), its plain and penalised steps are timed in the same turns (its
+penalty is the squared total variation, without a Lipschitz term).
 """
 
 import os
@@ -32,7 +33,7 @@ VARIANTS = {
     ),
     "7-step adversarial training": lambda: tvkeras.AdversarialTraining(norm="linf", steps=7),
 }
-REFERENCE = {"plain": False, "TV + Lipschitz": True}
+REFERENCE = {"plain": False, "squared TV": True}
 
 _MODEL = flags.DEFINE_string("model", "resnext34", "A name of tvkeras.models.BUILDERS.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images in a batch.")

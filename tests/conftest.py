@@ -97,22 +97,21 @@ def digits():
     return tvkeras.data.load("digits", "train"), tvkeras.data.load("digits", "test")
 
 
-@pytest.fixture(scope="session")
-def synthetic(tmp_path_factory):
-    """A prepared TFDS data set of differently large images, as ImageNet's are."""
+def prepared(folder, sides):
+    """A TFDS builder of 70 and 20 one-coloured images, prepared in `folder`."""
     tfds = pytest.importorskip("tensorflow_datasets")
+    shape = (sides[0], sides[0], 3) if len(sides) == 1 else (None, None, 3)
 
     class Synthetic(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
             features = {
-                "image": tfds.features.Image(),
+                "image": tfds.features.Image(shape=shape),
                 "label": tfds.features.ClassLabel(num_classes=3),
             }
-            features = tfds.features.FeaturesDict(features)
             return self.dataset_info_from_configs(
-                features=features, supervised_keys=("image", "label")
+                features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
             )
 
         def _split_generators(self, manager):
@@ -121,10 +120,20 @@ def synthetic(tmp_path_factory):
         def _generate_examples(self, count):
             rng = np.random.default_rng(count)
             for index in range(count):
-                height, width = rng.integers(40, 60, 2)
-                image = np.full((height, width, 3), index, np.uint8)
+                image = np.full((*rng.choice(sides, 2), 3), index, np.uint8)
                 yield index, {"image": image, "label": index % 3}
 
-    folder = tmp_path_factory.mktemp("tfds")
     Synthetic(data_dir=folder).download_and_prepare()
     return Synthetic(data_dir=folder)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """A prepared TFDS data set of differently large images, as ImageNet's are."""
+    return prepared(tmp_path_factory.mktemp("tfds"), range(40, 60))
+
+
+@pytest.fixture(scope="session")
+def same_size(tmp_path_factory):
+    """A prepared TFDS data set of equally large images without a test split."""
+    return prepared(tmp_path_factory.mktemp("tfds"), [8])

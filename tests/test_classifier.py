@@ -73,10 +73,12 @@ def test_any_classifier_trains(make, size):
     ids=["adam", "clipped", "ema", "accumulated"],
 )
 def test_any_optimizer_trains(optimizer):
-    robust, history = fitted(net(dtype="float32"), optimizer=optimizer())
+    classifier = net(dtype="float32")
+    untrained = classifier.get_weights()
+    _, history = fitted(classifier, optimizer=optimizer())
     assert np.isfinite(history["loss"]).all()
-    untrained = net(dtype="float32").get_weights()
-    assert any((a != b).any() for a, b in zip(robust.get_weights(), untrained, strict=False))
+    for trained, before in zip(classifier.get_weights(), untrained, strict=True):
+        assert (trained != before).any()
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
@@ -98,8 +100,10 @@ def test_compilation_does_not_change_the_result(jit_compile, steps_per_execution
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains(policy):
     classifier = net(dtype=policy, batch_norm=True)
-    _, history = fitted(classifier, TVLipschitz(lipschitz_weight=0.1, fd_step=0.2))
+    robust, history = fitted(classifier, TVLipschitz(lipschitz_weight=0.1, fd_step=0.2))
     assert np.isfinite(history["loss"]).all()
+    scaled = isinstance(robust.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
     assert all(variable.dtype == "float32" for variable in classifier.trainable_variables)
 
 
@@ -222,7 +226,7 @@ def test_bad_data_is_refused_before_the_first_step(change, message):
 )
 def test_a_softmax_classifier_is_refused(last):
     classifier = keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), *last()])
-    with pytest.raises(ValueError, match="classifier must return logits"):
+    with pytest.raises(ValueError, match=r"its last layer '.*' is a softmax"):
         tvkeras.RobustClassifier(classifier, DEFENSE)
 
 
@@ -250,6 +254,8 @@ def test_other_misuse_is_refused():
     robust = tvkeras.RobustClassifier(net(), DEFENSE)
     with pytest.raises(ValueError, match="from_logits=True"):
         robust.compile(loss=keras.losses.SparseCategoricalCrossentropy())
+    with pytest.raises(ValueError, match="got reduction='sum'"):
+        robust.compile(loss=keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum"))
     with pytest.raises(ValueError, match="from_logits=True"):
         robust.compile(loss="sparse_categorical_crossentropy")
 
@@ -279,6 +285,18 @@ def test_the_fast_twin_is_the_same_function(training):
     np.testing.assert_allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(one[1], other[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")
+def test_a_classifier_that_no_clone_equals_is_its_own_twin():
+    from tvkeras import backends
+
+    adapted = layers.Normalization()
+    adapted.adapt(np.random.default_rng(0).random((50, 6, 6, 3)).astype("float32"))
+    images = keras.Input((6, 6, 3))
+    x = layers.BatchNormalization()(adapted(images))
+    classifier = keras.Model(images, layers.Dense(2)(layers.Flatten()(x)))
+    assert backends.fast_twin(classifier) is classifier
 
 
 def test_adversarial_training_learns_something(digits):

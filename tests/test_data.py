@@ -1,4 +1,5 @@
 import json
+import time
 
 import keras
 import numpy as np
@@ -34,8 +35,10 @@ def test_a_damaged_cache_is_found(tmp_path):
 
 def test_missing_data_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    started = time.monotonic()
     with pytest.raises(data.DataNotFoundError, match=r"'cifar100' is neither cached nor prepared"):
         data.load("cifar100", cache_dir=tmp_path)
+    assert time.monotonic() - started < 60  # a retry takes 205 seconds
     assert not (tmp_path / "cifar100").exists()
 
 
@@ -44,6 +47,15 @@ def test_unknown_names_and_splits_are_refused():
         data.load("cifar11")
     with pytest.raises(ValueError, match="split must be one of"):
         data.load("digits", "validation")
+
+
+def test_any_split_of_a_tfds_set_is_held_in_memory(same_size, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "_builder", lambda name, download=False: same_size)
+    examples = data.load("same_size", "validation", cache_dir=tmp_path)
+    assert examples.images.shape == (20, 8, 8, 3)
+    np.testing.assert_array_equal(examples.labels, examples.images[:, 0, 0, 0] % 3)
+    with pytest.raises(ValueError, match=r"split must be one of \['train', 'validation'\]"):
+        data.load("same_size", "test", cache_dir=tmp_path)
 
 
 def test_the_held_out_part_depends_on_nothing_but_its_seed(digits):

@@ -132,6 +132,18 @@ def test_finite_differences_converge_to_double_backprop(norm, scheme, order, dro
     assert errors[0] / errors[1] == pytest.approx(10**order, rel=0.5)
 
 
+def test_under_batch_norm_the_appended_row_disturbs_the_mean_by_little():
+    """It joins the second pass's statistics: O(1 / batch size) over the step."""
+    classifier, (images, labels) = net(batch_norm=True), batch(64)
+    plain = arrays(update(Undefended(), classifier, images, labels).gradients)
+    penalties = []
+    for lipschitz_weight in (0.0, 1e-9):  # the smallest weight appends the row all the same
+        defense = TVLipschitz(fd_step=0.1, lipschitz_weight=lipschitz_weight)
+        gradients = arrays(update(defense, classifier, images, labels).gradients)
+        penalties.append([one - other for one, other in zip(gradients, plain, strict=True)])
+    assert 0 < distance(penalties[1], penalties[0]) < 0.1
+
+
 @pytest.mark.parametrize("defense", [TVLipschitz(lipschitz_weight=0.1), TRADES(steps=2)])
 def test_moving_statistics_are_those_of_the_clean_pass(defense):
     classifier, (images, labels) = net(batch_norm=True), batch()

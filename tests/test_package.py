@@ -48,7 +48,7 @@ GRADIENTS = """
 import json, sys
 import numpy as np
 from tests.conftest import arrays, batch, net, update
-from tvkeras.defenses import AdversarialTraining, TRADES, TVLipschitz
+from tvkeras.defenses import AdversarialTraining, TVLipschitz
 
 classifier = net()
 rng = np.random.default_rng(0)

@@ -37,7 +37,8 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     description = json.loads((tmp_path / "run.json").read_text())
     assert description["results"] == report
     assert description["seed"] == 0
-    assert description["data_sha256"] == data.load("digits", "test").checksum
+    sums = {split: data.load("digits", split).checksum for split in ("train", "test")}
+    assert description["data_sha256"] == sums
     assert description["versions"]["backend"] == BACKEND
     assert "train.epochs = 2" in (tmp_path / "config.gin").read_text()
     assert "one_cycle.warmup = 0.2" in (tmp_path / "config.gin").read_text()  # a default
@@ -123,6 +124,11 @@ def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
         ("train.model='resnext35'", "Did you mean 'resnext34'"),
         ("train.batch_size=5000", "batch_size must be <= 1293"),
         ("train.validation_fraction=1.0", "fraction must be a number"),
+        ("train.norm='L2'", "Did you mean 'l2'"),
+        ("train.epsilons=(0.5)", "epsilons must be a tuple"),
+        ("train.epsilons=('a',)", "epsilons must be a number or a fraction"),
+        ("train.attacked_images=0", "attacked_images must be a whole number >= 1"),
+        ("train.model_arguments={'wdth': 4}", "Did you mean 'width'"),
     ],
 )
 def test_bad_settings_stop_before_training(binding, message, tmp_path):

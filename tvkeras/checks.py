@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -78,3 +78,14 @@ def epsilon(value: Any, argument: str = "epsilon") -> float:
                 f"got {argument}={value!r}."
             ) from None
     return number(argument, value, minimum=0.0)
+
+
+def sequence(argument: str, value: Any) -> Sequence[Any]:
+    """Returns `value` if it is a tuple or list.
+
+    Raises:
+        ValueError: If it is not: a single number in parentheses is no tuple.
+    """
+    if isinstance(value, tuple | list):
+        return value
+    raise ValueError(f"{argument} must be a tuple such as (0.1,), got {argument}={value!r}.")

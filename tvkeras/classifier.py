@@ -62,7 +62,7 @@ class RobustClassifier(keras.Model):
                 f"defense must be a tvkeras.Defense, got defense={defense!r}. "
                 "Use an instance such as tvkeras.TVLipschitz()."
             )
-        for dtype in sorted({layer.compute_dtype for layer in classifier.layers}):
+        for dtype in sorted(_compute_dtypes(classifier)):
             defense.check_precision(dtype)
         self.classifier = classifier
         self.defense = defense
@@ -82,7 +82,8 @@ class RobustClassifier(keras.Model):
         """Configures training, as `keras.Model.compile` does.
 
         Args:
-            optimizer: Any Keras optimizer.
+            optimizer: Any Keras optimizer; for a classifier that computes in float16
+                it is wrapped in a `LossScaleOptimizer`.
             loss: A `keras.losses.Loss` of logits; by default
                 `SparseCategoricalCrossentropy(from_logits=True)`.
             metrics: As in Keras.
@@ -98,6 +99,16 @@ class RobustClassifier(keras.Model):
                 "loss must be a keras.losses.Loss built with from_logits=True, "
                 f"got loss={loss!r}. The classifier's outputs are logits."
             )
+        if loss.reduction != "sum_over_batch_size" or kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "loss must have reduction='sum_over_batch_size' and no loss_weights, got "
+                f"reduction={loss.reduction!r}, loss_weights={kwargs.get('loss_weights')!r}. "
+                "Weigh examples with sample_weight."
+            )
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if "float16" in _compute_dtypes(self.classifier) and not scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
         self._call_twin = backends.fast_twin(self.classifier).stateless_call
 
@@ -120,7 +131,7 @@ class RobustClassifier(keras.Model):
             begin = keras.callbacks.LambdaCallback(
                 on_epoch_begin=lambda epoch, _: x.begin_epoch(epoch)
             )
-            kwargs["callbacks"] = [begin, *(kwargs.get("callbacks") or [])]
+            kwargs["callbacks"] = [begin, *keras.tree.flatten(kwargs.get("callbacks") or [])]
         first, x = _first_batch(x, y)
         if first is not None:
             self._check_batch(*first)
@@ -201,7 +212,10 @@ class RobustClassifier(keras.Model):
             if metric.name == "loss":
                 metric.update_state(update.loss, sample_weight=count)
         for name, metric in self.penalty_metrics.items():
-            metric.update_state(update.penalties[name], sample_weight=count)
+            value = update.penalties[name]
+            lost = ops.logical_not(ops.isfinite(value))  # an overflow of float16, which is skipped
+            weight = ops.where(lost, 0, count)
+            metric.update_state(ops.where(lost, ops.zeros_like(value), value), sample_weight=weight)
         return self.compute_metrics(images, _flat_labels(labels), update.logits, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
@@ -269,8 +283,16 @@ def _check_classifier(classifier: Any) -> None:
         )
     last = classifier.layers[-1]
     activation = getattr(getattr(last, "activation", None), "__name__", "")
-    if isinstance(last, keras.layers.Softmax) or activation in ("softmax", "sigmoid"):
+    if isinstance(last, keras.layers.Softmax):
+        activation = "softmax"
+    if activation in ("softmax", "sigmoid"):
         raise ValueError(_PROBABILITIES.format(f"its last layer {last.name!r} is a {activation}"))
+
+
+def _compute_dtypes(model: Any) -> set[str]:
+    """Names of the precisions that a model's layers compute in, nested ones too."""
+    nested = (_compute_dtypes(layer) for layer in model.layers if hasattr(layer, "layers"))
+    return {layer.compute_dtype for layer in model.layers}.union(*nested)
 
 
 def _flat_labels(labels: Tensor) -> Tensor:

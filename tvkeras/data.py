@@ -21,7 +21,6 @@ from tvkeras import checks
 
 Tensor = Any
 
-SPLITS = ("train", "test")
 _BUFFER = 1 << 20
 
 
@@ -62,11 +61,13 @@ class Splits(NamedTuple):
         train: Shuffled batches.
         validation: Batches of the held-out part, or None.
         test: For the final measurement.
+        checksums: Of the training and the test split.
     """
 
     train: keras.utils.PyDataset
     validation: keras.utils.PyDataset | None
     test: Examples
+    checksums: dict[str, str]
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -89,7 +90,7 @@ def load(
 
     Args:
         name: "digits" or a TFDS name.
-        split: "train" or "test".
+        split: "train", "test", or another split that TFDS has.
         cache_dir: Folder of the cache; by default `TVKERAS_DATA_DIR`, else
             `~/.cache/tvkeras/data`.
         download: Whether TFDS may download what is missing, with a progress bar.
@@ -99,7 +100,6 @@ def load(
         ValueError: For an unknown split, a data set that is not of equally large
             uint8 images, or a damaged cache.
     """
-    checks.one_of("split", split, SPLITS)
     folder = _cache(cache_dir) / name.replace("/", "-").replace(":", "-") / split
     if not (folder / "meta.json").exists():
         images, labels, num_classes = (
@@ -248,7 +248,13 @@ class Augmentation:
 
 
 def in_memory(
-    name: str, *, batch_size: int, validation_fraction: float, seed: int, download: bool = False
+    name: str,
+    *,
+    batch_size: int,
+    validation_fraction: float,
+    seed: int,
+    test_split: str = "test",
+    download: bool = False,
 ) -> Splits:
     """Splits of a data set that `load` holds as arrays.
 
@@ -257,14 +263,16 @@ def in_memory(
         batch_size: Images in a batch.
         validation_fraction: Share of the training set to hold out.
         seed: Of the order of the training images.
+        test_split: Split of the final measurement.
         download: Whether missing data may be downloaded.
     """
-    test = load(name, "test", download=download)
+    test = load(name, test_split, download=download)
     examples, validation = held_out(load(name, "train", download=download), validation_fraction)
     return Splits(
         train=Batches(examples, batch_size, seed=seed),
         validation=Batches(validation, batch_size) if len(validation) else None,
         test=test,
+        checksums={"train": examples.checksum, test_split: test.checksum},
     )
 
 
@@ -291,8 +299,12 @@ def streamed(
         test_images: How many of its first images are measured.
         download: Whether missing data may be downloaded.
     """
+    checks.number("validation_fraction", validation_fraction, minimum=0.0, maximum=0.999)
     builder = _builder(name, download)
     infos = builder.info.splits
+    checks.one_of("test_split", test_split, infos)
+    if builder.info.supervised_keys is None:
+        raise ValueError(f"data set {name!r} has no supervised (image, label) pair.")
     count = infos["train"].num_examples
     kept = count - round(validation_fraction * count)
     measured = min(test_images, infos[test_split].num_examples)
@@ -300,8 +312,7 @@ def streamed(
         raise ValueError(f"batch_size must be <= {kept}, got batch_size={batch_size}.")
 
     def stream(split: str, seed: int | None = None) -> Stream:
-        options = {"batch_size": batch_size, "image_size": image_size, "seed": seed}
-        return Stream(builder, split, **options)
+        return Stream(builder, split, batch_size=batch_size, image_size=image_size, seed=seed)
 
     test = stream(f"{test_split}[:{measured}]")
     images, labels = zip(*(test[index] for index in range(len(test))), strict=True)
@@ -314,8 +325,9 @@ def streamed(
             images=np.concatenate(images),
             labels=np.concatenate(labels),
             num_classes=builder.info.features[builder.info.supervised_keys[1]].num_classes,
-            checksum=f"{builder.info.full_name}, not checksummed: streamed",
+            checksum=builder.info.full_name,
         ),
+        checksums={"streamed": builder.info.full_name},
     )
 
 
@@ -422,6 +434,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray, int]:
 
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    checks.one_of("split", split, ("train", "test"))
     order = np.random.default_rng(0).permutation(len(images))
     chosen = np.sort(order[:360] if split == "test" else order[360:])
     return images[chosen], bunch.target[chosen].astype(np.int64), 10
@@ -441,8 +454,8 @@ def _builder(name: str, download: bool = False) -> Any:
         builder.download_and_prepare()
     if not os.path.exists(builder.data_dir):
         raise DataNotFoundError(
-            f"data set {name!r} is neither cached nor prepared on this machine (looked in the "
-            f"cache of TVKERAS_DATA_DIR and in {builder.data_dir}). Either set TFDS_DATA_DIR to a "
+            f"data set {name!r} is neither cached nor prepared on this machine (looked in "
+            f"{_cache(None)} and {builder.data_dir}). Either set TFDS_DATA_DIR to a "
             "folder that holds it, or allow the download: train.download=True "
             "(tvkeras.data.load(..., download=True))."
         )
@@ -453,6 +466,7 @@ def _from_tfds(name: str, split: str, download: bool) -> tuple[np.ndarray, np.nd
     import tensorflow_datasets as tfds
 
     builder = _builder(name, download)
+    checks.one_of("split", split, builder.info.splits)
     features = builder.info.features
     image, label = builder.info.supervised_keys or (None, None)
     shape = features[image].shape if image in features else None

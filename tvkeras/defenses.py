@@ -210,6 +210,7 @@ class Undefended(Defense):
 # The smallest usable fd_step. An l1 displacement sits in one pixel, whose rounding weighs most.
 # `python -m benchmarks.precision` prints the errors behind it.
 MIN_FD_STEP = {
+    "float32": {"l1": 1e-4, "l2": 1e-4, "linf": 1e-4},
     "float16": {"l1": 0.2, "l2": 0.05, "linf": 0.05},
     "bfloat16": {"l1": 1.0, "l2": 0.1, "linf": 0.1},
 }
@@ -230,8 +231,14 @@ class TVLipschitz(Defense):
         grad J = (1 - tv_weight / t) grad mean l(x) + tv_weight / t grad mean l(x + t d)
 
     and the Lipschitz term needs one more row, the image of largest norm, in the
-    second pass. It takes a third pass for a classifier that draws random numbers
-    (an appended row would change the dropout masks), and for "central".
+    second pass. A classifier that draws random numbers takes a third pass for the
+    Lipschitz term (an appended row would change the dropout masks); "central" always
+    takes three.
+
+    Under BatchNorm the appended row takes part in the second pass's statistics, so
+    that the two ends of the mean's quotient differ by O(1 / batch size), divided by
+    the step: prefer fd_step >= 0.1 when both terms are on, where that is a few
+    percent at batches of 64 and more.
 
     Attributes:
         norm: Norm of the threat model: "l2", "linf" or "l1".

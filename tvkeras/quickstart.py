@@ -1,7 +1,6 @@
 """Trains digits with and without a defence and compares: `python -m tvkeras.quickstart`."""
 
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -25,13 +24,12 @@ def main(_: list[str]) -> None:
     reports: dict[str, dict[str, Any]] = {}
     for name, file in EXPERIMENTS.items():
         run_dir = folder / pathlib.Path(file).stem
-        shutil.rmtree(run_dir, ignore_errors=True)
         print(f"\nTraining {name} ({file})", flush=True)
         try:
             config.bind([file])
         except config.ConfigError as error:
             sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
-        reports[name] = train_configured(run_dir=str(run_dir))
+        reports[name] = train_configured(run_dir=str(run_dir))  # goes on with an earlier one
     figure = folder / "comparison.png"
     evaluation.error_curves(reports, figure)
     print(f"\n{_table(reports)}\n\nfigure: {figure}\nrun folders: {folder}/*")

@@ -113,6 +113,7 @@ class Recorder(keras.callbacks.Callback):
         self.epoch = 0
         self.seconds = 0.0
         self._rows: list[dict[str, float]] = []
+        self._checked = -LOSS_CHECK_STEPS
 
     def restore(self, model: keras.Model) -> None:
         """Sets the model to the last checkpoint, if there is one.
@@ -134,13 +135,14 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Looks at the loss every few steps: its running mean keeps a NaN."""
-        if batch % LOSS_CHECK_STEPS == 0:
-            self._check_loss(batch, logs or {})
+        if batch - self._checked >= LOSS_CHECK_STEPS or batch < self._checked:
+            self._checked = batch
+            self._check_loss(f"batch {batch}", logs or {})
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the log, the best weights and the checkpoint, in this order."""
         row = {name: float(value) for name, value in (logs or {}).items()}
-        self._check_loss(-1, row)
+        self._check_loss("its end", row)
         row = {"epoch": epoch, "learning_rate": self._learning_rate(), **row}
         best = max((old.get("val_accuracy", 0.0) for old in self._rows), default=-1.0)
         self._rows.append(row)
@@ -153,13 +155,13 @@ class Recorder(keras.callbacks.Callback):
         checkpoint.save(self.path, checkpoint.values(_variables(self.model)), meta)
         self._report(row)
 
-    def _check_loss(self, batch: int, logs: dict[str, Any]) -> None:
-        loss = float(logs.get("loss", 0.0))
-        if not math.isfinite(loss):
-            where = f"batch {batch}" if batch >= 0 else "its end"
+    def _check_loss(self, where: str, logs: dict[str, Any]) -> None:
+        lost = {name: float(logs[name]) for name in ("loss", "val_loss") if name in logs}
+        lost = {name: value for name, value in lost.items() if not math.isfinite(value)}
+        for name, value in lost.items():
             kept = f"{self.path} (epoch {self.epoch})" if self.path.exists() else "none yet"
             raise FloatingPointError(
-                f"loss is {loss} in epoch {self.epoch + 1} at {where}, after "
+                f"{name} is {value} in epoch {self.epoch + 1} at {where}, after "
                 f"{int(self.model.optimizer.iterations)} steps, at learning rate "
                 f"{self._learning_rate():.3g}. Last good checkpoint: {kept}. Lower the learning "
                 "rate, raise fd_step, or clip the gradient (sgd.clip_norm)."

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from absl import app, flags
 
-from tvkeras import checks, config, data, evaluation, models, runs, schedules
+from tvkeras import checks, config, data, evaluation, models, norms, runs, schedules
 from tvkeras.classifier import RobustClassifier
 from tvkeras.defenses import Defense
 
@@ -49,7 +49,7 @@ def train(
         run_dir: The run folder, see `tvkeras.runs`.
         defense: What training minimises.
         dataset: "digits" or a TFDS name.
-        test_split: TFDS split for the final measurement of a streamed data set.
+        test_split: TFDS split for the final measurement.
         download: Whether missing data may be downloaded.
         image_size: None holds the data in memory; a number streams it as square
             images of that side (see `tvkeras.data.Stream`).
@@ -80,16 +80,21 @@ def train(
     """
     # ---- Data ----------------------------------------------------------------------
     checks.whole_number("epochs", epochs, minimum=1)
+    checks.whole_number("attacked_images", attacked_images, minimum=1)
+    checks.one_of("norm", norm, norms.DUALS)
+    for epsilon in checks.sequence("epsilons", epsilons):
+        checks.epsilon(epsilon, "epsilons")
     shared: dict[str, Any] = {
         "batch_size": batch_size,
         "validation_fraction": validation_fraction,
         "seed": seed,
         "download": download,
+        "test_split": test_split,
     }
     if image_size is None:
         splits = data.in_memory(dataset, **shared)
     else:
-        splits = data.streamed(dataset, image_size=image_size, test_split=test_split, **shared)
+        splits = data.streamed(dataset, image_size=image_size, **shared)
 
     steps = len(splits.train)
 
@@ -125,7 +130,7 @@ def train(
         seed=seed,
         defense=type(defense).__name__,
         dataset=dataset,
-        data_sha256=splits.test.checksum,
+        data_sha256=splits.checksums,
         versions=runs.versions(),
     )
     recorder = runs.Recorder(folder)
@@ -169,7 +174,7 @@ def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) 
 # ---- Command line --------------------------------------------------------------------
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; default: runs/<gin file's name>.")
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; default: runs/<gin files' names>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and the time of an epoch only.")
 
 
@@ -178,10 +183,12 @@ def main(_: list[str]) -> None:
     train_configured = config.configurable(train)
     try:
         config.bind(_GIN_FILE.value, _GIN_PARAM.value)
-        name = pathlib.Path(_GIN_FILE.value[-1]).stem if _GIN_FILE.value else "default"
+        if not _GIN_FILE.value:
+            raise ValueError("--gin_file must name an experiment, such as gin/cifar_tv_lip.gin.")
+        name = "-".join(pathlib.Path(file).stem for file in _GIN_FILE.value)
         run_dir = _RUN_DIR.value or f"runs/{name}"
         results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(results, indent=2))
     if not _DRY_RUN.value:

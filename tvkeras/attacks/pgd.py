@@ -16,7 +16,8 @@ class ProjectedGradient:
 
     It starts at the image itself and steps along the steepest direction of the
     threat norm by 2.5 epsilon / steps, so that it can reach the ball's edge and
-    come back.
+    come back. (For l1 the steepest direction is one pixel, which may be at its bound
+    already: there it is a weak attack.)
 
     Args:
         classifier: Maps images in [0, 1] to logits.

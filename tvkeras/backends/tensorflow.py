@@ -36,7 +36,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train_step(model: Any, data: Any) -> dict[str, Tensor]:
-    """One optimizer step of a `RobustClassifier`; returns its logs."""
+    """One optimizer step of a `RobustClassifier`; returns its logs.
+
+    Raises:
+        ValueError: Under a `tf.distribute` strategy of several replicas, whose
+            maxima and statistics this step does not gather.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            f"tvkeras trains on one TensorFlow replica, got a strategy of {replicas}. "
+            "Train without tf.distribute."
+        )
     images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     update, state = model.compute_update(
         [tf.convert_to_tensor(variable) for variable in model.trainable_variables],
@@ -59,17 +70,26 @@ def fast_twin(classifier: keras.Model) -> keras.Model:
     own variables, it leaves the classifier a plain Keras model.
 
     Returns:
-        The twin, or `classifier` itself where nothing can be replaced.
+        The twin, or `classifier` itself where nothing can be replaced, or where a
+        clone is not the same function (an adapted `Normalization` keeps its numbers
+        outside variables and configuration).
     """
-    functional = isinstance(classifier, keras.Sequential) or hasattr(classifier, "operations")
-    if not functional or not any(map(_is_fusible, _flatten(classifier))):
+    if not _is_clonable(classifier) or not any(map(_is_fusible, _flatten(classifier))):
         return classifier
 
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         kind = FusedBatchNormalization if _is_fusible(layer) else type(layer)
         return kind.from_config(layer.get_config())
 
-    return keras.models.clone_model(classifier, clone_function=clone, recursive=True)
+    try:
+        twin = keras.models.clone_model(classifier, clone_function=clone, recursive=True)
+    except (NotImplementedError, TypeError, ValueError):  # a layer without a whole configuration
+        return classifier
+    twin.set_weights(classifier.get_weights())
+    probe = tf.random.stateless_uniform((2, *classifier.input_shape[1:]), seed=(0, 0))
+    one, other = (tf.cast(model(probe, training=False), tf.float32) for model in (twin, classifier))
+    scale = tf.reduce_max(tf.abs(other))
+    return twin if tf.reduce_max(tf.abs(one - other)) <= 1e-2 * scale else classifier
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):
@@ -111,6 +131,11 @@ def _is_fusible(layer: keras.layers.Layer) -> bool:
     )
 
 
+def _is_clonable(model: Any) -> bool:
+    """Whether a model is Functional or Sequential, as Keras's own cloning asks."""
+    return isinstance(model, keras.Sequential) or hasattr(model, "operations")
+
+
 def _flatten(model: keras.Model) -> list[keras.layers.Layer]:
-    nested = [_flatten(layer) for layer in model.layers if hasattr(layer, "layers")]
+    nested = [_flatten(layer) for layer in model.layers if _is_clonable(layer)]
     return [*model.layers, *(layer for layers in nested for layer in layers)]

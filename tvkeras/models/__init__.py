@@ -1,6 +1,7 @@
 """Classifiers by name: plain functional Keras models from [0, 1] images to logits."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,12 @@ def build(name: str, num_classes: int, **arguments: Any) -> keras.Model:
         **arguments: Those of the builder: `input_shape`, `width`, `activation`, ...
 
     Raises:
-        ValueError: For an unknown name.
+        ValueError: For an unknown name or argument.
     """
-    return BUILDERS[checks.one_of("model", name, BUILDERS)](num_classes=num_classes, **arguments)
+    builder = BUILDERS[checks.one_of("model", name, BUILDERS)]
+    for argument in arguments:
+        checks.one_of(f"argument of {name}", argument, inspect.signature(builder).parameters)
+    return builder(num_classes=num_classes, **arguments)
 
 
 __all__ = ["BUILDERS", "build", "resnet50", "resnext", "small_cnn"]

@@ -102,7 +102,7 @@ def prepared(folder, sides):
     tfds = pytest.importorskip("tensorflow_datasets")
     shape = (sides[0], sides[0], 3) if len(sides) == 1 else (None, None, 3)
 
-    class Synthetic(tfds.core.GeneratorBasedBuilder):
+    class Synthetic(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):

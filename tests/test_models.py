@@ -16,7 +16,14 @@ def test_resnext34_has_the_paper_s_size():
     assert len(convolutions) == 1 + 15 * 2 * 2 + 2
 
 
-@pytest.mark.parametrize("name", sorted(models.BUILDERS.keys() - {"resnext34"}))  # a large one
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnext10",
+        "small_cnn",
+        pytest.param("resnet50", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_is_plain_and_returns_logits(name, tmp_path):
     small = {"small_cnn": {"input_shape": (8, 8, 1)}, "resnet50": {"input_shape": (32, 32, 3)}}
     model = models.build(name, 7, **small.get(name, {"input_shape": (16, 16, 3), "width": 4}))

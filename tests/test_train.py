@@ -179,9 +179,9 @@ def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "_builder", lambda name, download=False: synthetic)
     report = run(
         tmp_path,
-        "train.model='resnext10'",
+        "train.model='small_cnn'",
         "train.model_arguments={'width': 4}",
-        "train.image_size=16",
+        "train.image_size=8",
         "train.batch_size=16",
         "train.precision='mixed_bfloat16'",
         "TVLipschitz.fd_step=0.1",

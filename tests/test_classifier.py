@@ -299,6 +299,7 @@ def test_a_classifier_that_no_clone_equals_is_its_own_twin():
     assert backends.fast_twin(classifier) is classifier
 
 
+@pytest.mark.slow
 def test_adversarial_training_learns_something(digits):
     train, test = digits
     classifier = tvkeras.models.build("small_cnn", 10, width=4)

@@ -87,6 +87,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match=r"-train.batch_size = 64\n\+train.batch_size = 32"):
@@ -175,6 +176,7 @@ def test_the_command_line_reports_errors_in_one_message(tmp_path):
     assert f"run folder: {tmp_path / 'run'}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "_builder", lambda name, download=False: synthetic)
     report = run(

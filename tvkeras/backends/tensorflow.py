@@ -86,7 +86,8 @@ def fast_twin(classifier: keras.Model) -> keras.Model:
     except (NotImplementedError, TypeError, ValueError):  # a layer without a whole configuration
         return classifier
     twin.set_weights(classifier.get_weights())
-    probe = tf.random.stateless_uniform((2, *classifier.input_shape[1:]), seed=(0, 0))
+    sides = (side or 64 for side in classifier.input_shape[1:])  # None: any size will do
+    probe = tf.random.stateless_uniform((2, *sides), seed=(0, 0))
     one, other = (tf.cast(model(probe, training=False), tf.float32) for model in (twin, classifier))
     scale = tf.reduce_max(tf.abs(other))
     return twin if tf.reduce_max(tf.abs(one - other)) <= 1e-2 * scale else classifier

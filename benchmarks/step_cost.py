@@ -120,21 +120,22 @@ def main(_: list[str]) -> None:
             step()
             if number >= 2:
                 seconds[name].append(time.monotonic() - start)
-    memory = {name: peak_memory(name) for name in VARIANTS}
-
     print(
         f"{_MODEL.value}, batch {_BATCH_SIZE.value}, {keras.backend.backend()}, "
         f"{os.cpu_count()} cores, median of {_ROUNDS.value} steps"
     )
-    print(f"{'':<34}{'x plain':>8}{'images/s':>10}{'MiB':>7}{'x plain':>8}")
+    print(f"{'':<34}{'x plain':>8}{'images/s':>10}")
     for name, values in seconds.items():
         pairs = zip(values, seconds["plain"], strict=True)
         ratio = statistics.median(one / other for one, other in pairs)
         speed = _BATCH_SIZE.value / statistics.median(values)
-        row = f"{name:<34}{ratio:8.2f}{speed:10.1f}"
-        if name in memory:
-            row += f"{memory[name]:7.0f}{memory[name] / memory['plain']:8.2f}"
-        print(row)
+        print(f"{name:<34}{ratio:8.2f}{speed:10.1f}", flush=True)
+    print(f"{'peak memory':<34}{'x plain':>8}{'MiB':>10}")
+    memory: dict[str, float] = {}
+    for name in VARIANTS:
+        memory[name] = peak_memory(name)
+        ratio = memory[name] / memory["plain"]
+        print(f"{name:<34}{ratio:8.2f}{memory[name]:10.0f}", flush=True)
 
 
 if __name__ == "__main__":

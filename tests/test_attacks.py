@@ -4,7 +4,7 @@ import pytest
 
 import tvkeras
 from tests.conftest import batch, net
-from tvkeras import attacks, checks, evaluation, norms
+from tvkeras import attacks, evaluation, norms
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 
@@ -16,46 +16,192 @@ def losses(classifier, images, labels):
     )
 
 
-@pytest.mark.parametrize("norm", sorted(norms.DUALS))
-@pytest.mark.parametrize("steps", [1, 10])
-def test_pgd_raises_the_loss_inside_ball_and_bounds(norm, steps):
-    classifier, (images, labels) = net(dtype="float32", batch_norm=True), batch(dtype="float32")
-    attack = attacks.ProjectedGradient(classifier, norm=norm, steps=steps)
-    for epsilon in (0.0, "8/255", 0.5):
-        x_adv = attack(images, labels, epsilon)
-        assert x_adv.min() >= 0
-        assert x_adv.max() <= 1
-        perturbation = (x_adv - images).reshape(len(images), -1)
-        radius = checks.epsilon(epsilon)
-        assert np.linalg.norm(perturbation, ORDER[norm], axis=1).max() <= radius * (1 + 1e-4) + 1e-7
-        if epsilon:
-            assert np.all(losses(classifier, x_adv, labels) > losses(classifier, images, labels))
-        else:
-            np.testing.assert_array_equal(x_adv, images)
+NATIVE = [
+    *(
+        attacks.ProjectedGradient(norm=norm, steps=steps)
+        for norm in norms.DUALS
+        for steps in (1, 9)
+    ),
+    *(
+        attacks.ProjectedGradient(norm=norm, steps=5, random_start=True, restarts=2)
+        for norm in norms.DUALS
+    ),
+]
 
 
-def test_pgd_finds_the_optimum_of_a_linear_classifier():
-    """Two classes: the worst l2 perturbation inside the bounds is along w, its margin known."""
-    images = np.full((3, 4, 4, 1), 0.5, "float32")
-    labels = np.array([0, 1, 0])
+@pytest.fixture(scope="module")
+def separating():
+    """A classifier of 6x6x2 images that is right on most of 12 random ones, and those."""
+    keras.utils.set_random_seed(0)
+    images, labels = batch(12, dtype="float32")
+    labels[0] = (labels[0] + 1) % 4
+    classifier = net(dtype="float32")
+    classifier.compile(
+        keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    classifier.fit(images, labels, epochs=60, verbose=0)
+    labels[0] = (labels[0] + 1) % 4
+    return classifier, images, labels
+
+
+def linear():
+    """A two-class linear classifier of 4x4 images, three grey images, labels, and w."""
     model = keras.Sequential(
         [keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(2)]
     )
     weights = np.random.default_rng(0).normal(size=(16, 2)).astype("float32")
-    model.set_weights([weights, np.zeros(2, "float32")])
-    attack = attacks.ProjectedGradient(model, norm="l2", steps=20)
-    x_adv = attack(images, labels, 0.2)
-    difference = weights[:, 1] - weights[:, 0]
-    gain = ((x_adv - images).reshape(3, -1) @ difference) * np.where(labels == 0, 1, -1)
-    np.testing.assert_allclose(gain, 0.2 * np.linalg.norm(difference), rtol=1e-4)
+    model.set_weights([weights, np.array([0.2, 0.0], "float32") - 0.5 * weights.sum(axis=0)])
+    images = np.full((3, 4, 4, 1), 0.5, "float32")
+    return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
+
+
+@pytest.mark.parametrize("attack", NATIVE, ids=str)
+def test_what_an_attack_reports_is_so(attack, separating):
+    classifier, images, labels = separating
+    epsilon = {"epsilon": 0.3} if attack.fixed_epsilon else {}
+    result = attack(classifier, images, labels, batch_size=5, **epsilon)
+    predicted = classifier.predict(result.x_adv, verbose=0).argmax(axis=1)
+    np.testing.assert_array_equal(predicted != labels, result.success)
+    assert result.x_adv.min() >= 0
+    assert result.x_adv.max() <= 1
+    sizes = np.linalg.norm((result.x_adv - images).reshape(12, -1), ORDER[attack.norm], axis=1)
+    np.testing.assert_allclose(sizes[result.success], result.distance[result.success], atol=1e-6)
+    assert np.all(np.isinf(result.distance[~result.success]))
+    np.testing.assert_array_equal(result.x_adv[~result.success], images[~result.success])
+    if attack.fixed_epsilon:
+        assert result.distance[result.success].max() <= 0.3 * (1 + 1e-4) + 1e-5
+    wrong = classifier.predict(images, verbose=0).argmax(axis=1) != labels
+    assert np.all(result.success[wrong])
+    assert np.all(result.distance[wrong] == 0)
+    assert np.all((result.queries > 0) == ~wrong)
+
+
+@pytest.mark.parametrize("attack", NATIVE, ids=str)
+def test_an_attack_is_a_function_of_its_seed_and_compiled_once(attack, separating):
+    classifier, images, labels = separating
+    model = attacks.AttackedClassifier(classifier)
+    traced = []
+    perturb = type(attack).perturb
+
+    def counted(self, *arguments):
+        traced.append(1)
+        return perturb(self, *arguments)
+
+    arguments = {"batch_size": 4, "seed": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(attack), "perturb", counted)
+        results = (
+            [
+                attack(model, images, labels, **arguments, **radius)
+                for radius in ([{"epsilon": 0.3}, {"epsilon": 0.3}, {"epsilon": "8/255"}])
+            ]
+            if attack.fixed_epsilon
+            else [attack(model, images, labels, **arguments)] * 2
+        )
+    assert len(traced) == 1
+    np.testing.assert_array_equal(results[0].x_adv, results[1].x_adv)
+
+
+@pytest.mark.parametrize("norm", sorted(norms.DUALS))
+def test_pgd_raises_the_loss_of_every_example(norm):
+    classifier, (images, labels) = net(dtype="float32", batch_norm=True), batch(dtype="float32")
+    model = attacks.AttackedClassifier(classifier)
+    for steps in (1, 10):
+        attack = attacks.ProjectedGradient(norm=norm, steps=steps)
+        x_adv, _ = attack.search(model, images, labels, 0.5, seed=0)
+        assert np.all(losses(classifier, x_adv, labels) > losses(classifier, images, labels))
+        x_adv, _ = attack.search(model, images, labels, 0.0, seed=0)
+        np.testing.assert_array_equal(x_adv, images)
+
+
+def test_pgd_finds_the_optimum_of_a_linear_classifier():
+    model, images, labels, w = linear()
+    margin = 0.2 / np.linalg.norm(w)
+    attack = attacks.ProjectedGradient(norm="l2", steps=20)
+    assert attack(model, images, labels, epsilon=0.98 * margin).success.tolist() == [False] * 2 + [
+        True
+    ]
+    result = attack(model, images, labels, epsilon=1.02 * margin)
+    assert result.success.all()
+    np.testing.assert_allclose(result.distance, [1.02 * margin] * 2 + [0], rtol=1e-4)
+
+
+def test_restarts_only_add_successes_and_differ_by_seed(separating):
+    classifier, images, labels = separating
+    once = attacks.ProjectedGradient(norm="linf", steps=2, random_start=True)
+    often = attacks.ProjectedGradient(norm="linf", steps=2, random_start=True, restarts=5)
+    few, many = (a(classifier, images, labels, epsilon=0.1) for a in (once, often))
+    assert np.all(many.success >= few.success)
+    np.testing.assert_array_equal(many.x_adv[few.success], few.x_adv[few.success])
+    model = attacks.AttackedClassifier(classifier)
+    one, other = (once.search(model, images, labels, 0.1, seed)[0] for seed in (0, 1))
+    assert np.abs(one - other).max() > 1e-3
 
 
 def test_the_attack_follows_weights_that_change_later():
     classifier, (images, labels) = net(dtype="float32"), batch(dtype="float32")
-    attack = attacks.ProjectedGradient(classifier, norm="l2", steps=3)
-    before = attack(images, labels, 0.5)
+    model = attacks.AttackedClassifier(classifier)
+    attack = attacks.ProjectedGradient(norm="l2", steps=3)
+    before, _ = attack.search(model, images, labels, 0.5, seed=0)
     classifier.set_weights([-weights for weights in classifier.get_weights()])
-    assert np.abs(attack(images, labels, 0.5) - before).max() > 1e-3
+    assert np.abs(attack.search(model, images, labels, 0.5, seed=0)[0] - before).max() > 1e-3
+
+
+def test_an_interrupted_attack_goes_on_with_the_next_batch(separating, tmp_path):
+    classifier, images, labels = separating
+    attack = attacks.ProjectedGradient(norm="l2", steps=3, random_start=True)
+    arguments = {"epsilon": 0.3, "batch_size": 4}
+    whole = attack(classifier, images, labels, **arguments)
+    done = []
+
+    def interrupted(self, *rest, search=attacks.Attack.search):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return search(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks.ProjectedGradient, "search", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attack(classifier, images, labels, **arguments, resume_dir=tmp_path)
+        done.pop()
+        resumed = attack(classifier, images, labels, **arguments, resume_dir=tmp_path)
+    for name in ("x_adv", "success", "distance", "queries"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+    with pytest.raises(ValueError, match="holds another attack's results"):
+        attack(classifier, images, labels, epsilon=0.2, batch_size=4, resume_dir=tmp_path)
+
+
+def test_a_perturbation_outside_ball_or_bounds_is_no_success():
+    class Cheating(attacks.Attack):
+        fixed_epsilon = True
+
+        def search(self, model, images, labels, epsilon, seed):
+            x_adv = images + np.float32(2 * epsilon)
+            x_adv[1] = 1.5
+            return x_adv, np.ones(len(images), int)
+
+    model, images, labels, _ = linear()
+    result = Cheating(norm="linf")(model, images, labels, epsilon=0.1)
+    assert result.success.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs an epsilon"),
+        ({"epsilon": -1}, "epsilon must be a number >= 0"),
+        ({"epsilon": 0.1, "batch_size": 0}, "batch_size must be a whole number"),
+        ({"epsilon": 0.1, "labels": [1]}, "images and labels must be as many"),
+    ],
+)
+def test_bad_arguments_of_an_attack(arguments, message):
+    model, images, labels, _ = linear()
+    arguments = {"labels": labels, **arguments}
+    with pytest.raises(ValueError, match=message):
+        attacks.ProjectedGradient()(model, images, **arguments)
+    with pytest.raises(ValueError, match="restarts must be 1 without random_start"):
+        attacks.ProjectedGradient(restarts=2)
 
 
 def test_measure_agrees_with_direct_computation(digits):

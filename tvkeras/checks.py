@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -41,7 +42,7 @@ def number(
     Raises:
         ValueError: If `value` is no number, not finite or outside the interval.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and minimum <= value <= maximum:
         if not exclusive or value > minimum:
             return float(value)

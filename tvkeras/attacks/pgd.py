@@ -1,29 +1,31 @@
 """Projected gradient ascent on the cross-entropy; FGSM is one step of it."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
-import keras
-import numpy as np
 from keras import ops
 
-from tvkeras import backends, checks, norms
+from tvkeras import checks, norms
+from tvkeras.attacks.base import Attack, Logits, Randomness, example_losses, input_gradient
 
 Tensor = Any
 
 
-class ProjectedGradient:
-    """PGD on a classifier in inference mode, compiled once for all radii.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectedGradient(Attack):
+    """PGD, at a fixed epsilon.
 
-    It starts at the image itself and steps along the steepest direction of the
-    threat norm by 2.5 epsilon / steps, so that it can reach the ball's edge and
-    come back. (For l1 the steepest direction is one pixel, which may be at its bound
-    already: there it is a weak attack.)
+    Each step goes along the steepest direction of the threat norm. (For l1 that is
+    one pixel, which may be at its bound already: there it is a weak attack.)
 
-    Args:
-        classifier: Maps images in [0, 1] to logits.
+    Attributes:
         norm: Norm of the perturbation: "l2", "linf" or "l1".
-        steps: Gradient steps; one is FGSM (and its l2 and l1 relatives), whose
-            step is epsilon.
+        steps: Gradient steps; one without random start is FGSM and its relatives.
+        relative_step: Length of a step over epsilon; by default 2.5 / steps, at most
+            1, so that the ascent can reach the ball's edge and come back.
+        random_start: Whether to start from a random point of the ball, not the image.
+        restarts: Independent ascents; an example keeps its first success. More than
+            one needs `random_start`.
 
     Raises:
         ValueError: For an illegal argument.
@@ -31,68 +33,58 @@ class ProjectedGradient:
     Reference: Madry et al. (2018), arXiv:1706.06083.
     """
 
-    def __init__(self, classifier: keras.Model, *, norm: str, steps: int = 20) -> None:
-        self.norm = checks.one_of("norm", norm, norms.DUALS)
-        self.steps = checks.whole_number("steps", steps, minimum=1)
-        self._classifier = classifier
-        self._call = backends.fast_twin(classifier).stateless_call
-        self._attack = backends.compiled(self._ascend)
+    steps: int = 20
+    relative_step: float | None = None
+    random_start: bool = False
+    restarts: int = 1
 
-    def __call__(self, images: np.ndarray, labels: np.ndarray, epsilon: float | str) -> np.ndarray:
-        """Adversarial images.
+    fixed_epsilon: ClassVar[bool] = True
 
-        Args:
-            images: float32 in [0, 1], shape `(batch, height, width, channels)`.
-            labels: True classes, shape `(batch,)`.
-            epsilon: Radius in pixel units; a number or "8/255".
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        super().__post_init__()
+        checks.whole_number("steps", self.steps, minimum=1)
+        checks.whole_number("restarts", self.restarts, minimum=1)
+        if self.relative_step is not None:
+            checks.number("relative_step", self.relative_step, minimum=0.0, exclusive=True)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(
+                f"restarts must be 1 without random_start, got restarts={self.restarts}: "
+                "every ascent would be the same."
+            )
 
-        Returns:
-            x_adv, shape of `images`, in [0, 1] and within `epsilon`.
-        """
-        trainable = [variable.value for variable in self._classifier.trainable_variables]
-        state = [variable.value for variable in self._classifier.non_trainable_variables]
-        radius = np.float32(checks.epsilon(epsilon))
-        arguments = (trainable, state, ops.convert_to_tensor(images), ops.convert_to_tensor(labels))
-        return ops.convert_to_numpy(self._attack(*arguments, ops.convert_to_tensor(radius)))
+    def perturb(
+        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
+    ) -> tuple[Tensor, Tensor]:
+        """The first ascent that succeeds, else the last one; all of them are made."""
 
-    def _ascend(
-        self, trainable: Any, state: Any, images: Tensor, labels: Tensor, epsilon: Tensor
-    ) -> Tensor:
         def gradient(x: Tensor) -> Tensor:
-            return input_gradient(self._call, trainable, state, x, labels)[2]
+            return input_gradient(logits, x, lambda outputs: example_losses(outputs, labels))[2]
 
-        return norms.projected_ascent(
-            gradient,
-            images,
-            norm=self.norm,
-            epsilon=epsilon,
-            steps=self.steps,
-            step_size=epsilon * min(1.0, 2.5 / self.steps),
-            start=ops.zeros_like(images),
-        )
+        step_size = epsilon * (self.relative_step or min(1.0, 2.5 / self.steps))
 
+        def ascend(restart: Tensor) -> Tensor:
+            start = ops.zeros_like(images)
+            if self.random_start:
+                with random.at(restart) as seed:
+                    start = norms.random_in_ball(images, self.norm, epsilon, seed)
+            return norms.projected_ascent(
+                gradient,
+                images,
+                norm=self.norm,
+                epsilon=epsilon,
+                steps=self.steps,
+                step_size=step_size,
+                start=start,
+            )
 
-def input_gradient(
-    call: Any, trainable: Any, state: Any, images: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and its gradient for each image, in inference mode.
+        def again(restart: Tensor, x_adv: Tensor) -> Tensor:
+            classes = ops.cast(ops.argmax(logits(x_adv), axis=1), labels.dtype)
+            failed = ops.reshape(classes == labels, (-1, 1, 1, 1))
+            return ops.where(failed, ascend(restart), x_adv)
 
-    Args:
-        call: A classifier's `stateless_call`.
-        trainable: Values of its trainable variables.
-        state: Values of its other variables.
-        images: Shape `(batch, height, width, channels)`.
-        labels: Shape `(batch,)`.
-
-    Returns:
-        Losses `(batch,)`, logits `(batch, num_classes)`, and the gradient, shape of
-        `images`.
-    """
-
-    def loss(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        logits = ops.cast(call(trainable, state, images, training=False)[0], images.dtype)
-        losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-        return ops.sum(losses), (losses, logits)
-
-    (_, (losses, logits)), (gradient,) = backends.value_and_gradient(loss, (images,))
-    return losses, logits, gradient
+        x_adv = ascend(0)
+        if self.restarts > 1:
+            x_adv = ops.fori_loop(1, self.restarts, again, x_adv)
+        calls = self.restarts * (self.steps + 1) - 1
+        return x_adv, ops.full_like(labels, calls)

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import attacks, backends, norms
-from tvkeras.attacks.pgd import input_gradient
+from tvkeras import attacks, norms
+from tvkeras.attacks.base import example_losses, input_gradient
 from tvkeras.data import Examples
 
 PGD_STEPS = 20
@@ -41,18 +41,18 @@ def measure(
         `images` images; `fgsm_error` and `pgd_error`, by radius as text, over
         `attacked_images`.
     """
-    call = backends.fast_twin(classifier).stateless_call
-    trainable = [variable.value for variable in classifier.trainable_variables]
-    state = [variable.value for variable in classifier.non_trainable_variables]
+    model = attacks.AttackedClassifier(classifier)
 
-    def clean(images: Any, labels: Any) -> tuple[Any, Any, Any]:
-        losses, logits, gradient = input_gradient(call, trainable, state, images, labels)
-        return losses, ops.argmax(logits, axis=1), norms.dual_length(gradient, norm)
+    def clean(logits: Any, images: Any, labels: Any) -> tuple[Any, Any, Any]:
+        losses, outputs, gradient = input_gradient(
+            logits, images, lambda outputs: example_losses(outputs, labels)
+        )
+        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
 
-    compiled_clean = backends.compiled(clean)
+    measured = model.compiled(("clean", norm), clean)
     losses, wrong, sizes = [], [], []
     for images, labels in _batches(examples, len(examples), batch_size):
-        loss, predicted, size = map(ops.convert_to_numpy, compiled_clean(images, labels))
+        loss, predicted, size = measured(images, labels)
         losses.append(loss)
         wrong.append(predicted != labels)
         sizes.append(size)
@@ -70,33 +70,23 @@ def measure(
         "attacked_images_clean_error": float(wrong_all[:count].mean()),
         **{
             f"{name}_error": {
-                str(epsilon): _attacked_error(
-                    classifier, examples, count, batch_size, attack, epsilon
+                str(epsilon): float(
+                    attack(
+                        model,
+                        examples.images[:count],
+                        examples.labels[:count],
+                        epsilon=epsilon,
+                        batch_size=batch_size,
+                    ).success.mean()
                 )
                 for epsilon in epsilons
             }
             for name, attack in (
-                ("fgsm", attacks.ProjectedGradient(classifier, norm=norm, steps=1)),
-                ("pgd", attacks.ProjectedGradient(classifier, norm=norm, steps=PGD_STEPS)),
+                ("fgsm", attacks.ProjectedGradient(norm=norm, steps=1)),
+                ("pgd", attacks.ProjectedGradient(norm=norm, steps=PGD_STEPS)),
             )
         },
     }
-
-
-def _attacked_error(
-    classifier: keras.Model,
-    examples: Examples,
-    count: int,
-    batch_size: int,
-    attack: attacks.ProjectedGradient,
-    epsilon: float | str,
-) -> float:
-    wrong = 0
-    for images, labels in _batches(examples, count, batch_size):
-        x_adv = attack(images, labels, epsilon)
-        logits = classifier.predict_on_batch(x_adv)
-        wrong += int((logits.argmax(axis=1) != labels).sum())
-    return wrong / count
 
 
 def _batches(

@@ -1,0 +1,333 @@
+"""The attack protocol: classifier, images and labels in, an `AttackResult` out."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+from keras import ops
+
+from tvkeras import backends, checkpoint, checks, norms
+
+Tensor = Any
+Logits = Callable[[Tensor], Tensor]
+
+_DRAWS_PER_STEP = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """What an attack found, example by example.
+
+    Attributes:
+        x_adv: float32, shape `(count, height, width, channels)`; the image itself
+            where the attack failed or the image was misclassified to begin with.
+        success: bool `(count,)`: whether the classifier, asked again, misclassifies
+            `x_adv`, which lies in [0, 1] and, for a fixed epsilon, within it.
+        distance: float32 `(count,)`: ||x_adv - image|| in the threat norm; inf where
+            the attack failed.
+        queries: int64 `(count,)`: model calls made for the example, a forward and its
+            backward pass counted as one; 0 where the image was misclassified.
+    """
+
+    x_adv: np.ndarray
+    success: np.ndarray
+    distance: np.ndarray
+    queries: np.ndarray
+
+
+class AttackedClassifier:
+    """A classifier in inference mode and the functions compiled for it.
+
+    Make one where several attacks, or one at several radii, meet the same classifier:
+    each attack is then compiled once for each shape of batch. Weights that change
+    later are followed.
+
+    Args:
+        classifier: Maps images in [0, 1] to logits.
+    """
+
+    def __init__(self, classifier: keras.Model) -> None:
+        self.classifier = classifier
+        self._call = backends.fast_twin(classifier).stateless_call
+        self._generator = keras.random.SeedGenerator(0)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` compiled, for calls with arrays; the same one for the same `key`.
+
+        Args:
+            key: What the function depends on, hashable, such as an attack.
+            function: Called as `function(logits, *tensors)` where `logits` maps images
+                to logits in inference mode; returns a structure of tensors.
+
+        Returns:
+            Maps arrays to a structure of arrays.
+        """
+        if key not in self._compiled:
+
+            def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
+                def logits(images: Tensor) -> Tensor:
+                    outputs = self._call(trainable, state, images, training=False)[0]
+                    return ops.cast(outputs, images.dtype)
+
+                return function(logits, *tensors)
+
+            self._compiled[key] = backends.compiled(pure)
+        compiled = self._compiled[key]
+
+        def call(*arrays: Any) -> Any:
+            weights = [variable.value for variable in self.classifier.trainable_variables]
+            state = [variable.value for variable in self.classifier.non_trainable_variables]
+            results = compiled(weights, state, *map(ops.convert_to_tensor, arrays))
+            return keras.tree.map_structure(ops.convert_to_numpy, results)
+
+        return call
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits `(batch, num_classes)` of one batch of images in [0, 1]."""
+        return self.compiled("logits", lambda logits, images: logits(images))(images)
+
+    def randomness(self, seed: Tensor) -> "Randomness":
+        """The random numbers of an attack with `seed`, a scalar tensor."""
+        return Randomness(self._generator, seed)
+
+    def fingerprint(self) -> bytes:
+        """A digest of the weights."""
+        digest = hashlib.sha256()
+        for weights in self.classifier.get_weights():
+            digest.update(np.ascontiguousarray(weights).data)
+        return digest.digest()
+
+
+class Randomness:
+    """Random numbers inside a compiled attack: a pure function of (seed, step).
+
+    Args:
+        generator: A seed generator to lend; its own state is never changed.
+        seed: Scalar integer tensor.
+    """
+
+    def __init__(self, generator: keras.random.SeedGenerator, seed: Tensor) -> None:
+        self._generator = generator
+        self._seed = seed
+
+    @contextlib.contextmanager
+    def at(self, step: Any) -> Iterator[keras.random.SeedGenerator]:
+        """The seed generator for `keras.random` at one step, also inside a loop."""
+        dtype = self._generator.state.dtype
+        pair = [self._seed, ops.cast(step, "int32") * _DRAWS_PER_STEP]
+        state = ops.cast(ops.stack([ops.cast(part, "int32") for part in pair]), dtype)
+        with keras.StatelessScope([(self._generator.state, state)]):
+            yield self._generator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack:
+    """Base of all attacks: an immutable description that is called on a classifier.
+
+    Attributes:
+        norm: Norm of the perturbation: "l2", "linf" or "l1".
+        fixed_epsilon: Whether the attack looks inside a ball of given radius; otherwise
+            it looks for the smallest perturbation.
+    """
+
+    norm: str = "l2"
+
+    fixed_epsilon: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.one_of("norm", self.norm, norms.DUALS)
+
+    def __call__(
+        self,
+        classifier: keras.Model | AttackedClassifier,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        epsilon: float | str | None = None,
+        batch_size: int = 250,
+        seed: int = 0,
+        progress: bool = False,
+        resume_dir: str | os.PathLike[str] | None = None,
+    ) -> AttackResult:
+        """Attacks images in batches of one shape, and asks the classifier again.
+
+        Args:
+            classifier: The classifier, or one made ready for several attacks.
+            images: float32 in [0, 1], or uint8; shape
+                `(count, height, width, channels)`.
+            labels: True classes, shape `(count,)`.
+            epsilon: Radius in pixel units, a number or "8/255", for an attack that
+                takes one.
+            batch_size: Images in a batch, at most.
+            seed: Of the attack's random numbers.
+            progress: Whether to show a progress bar.
+            resume_dir: Folder that keeps each batch's result; an interrupted call goes
+                on from there.
+
+        Raises:
+            ValueError: For an illegal argument, or a `resume_dir` of another attack.
+        """
+        if (epsilon is not None) != self.fixed_epsilon:
+            verb = "needs an" if self.fixed_epsilon else "looks for the smallest one: omit"
+            raise ValueError(f"{type(self).__name__} {verb} epsilon, got epsilon={epsilon!r}.")
+        radius = None if epsilon is None else checks.epsilon(epsilon)
+        checks.whole_number("batch_size", batch_size, minimum=1)
+        labels = np.asarray(labels).astype(np.int64)
+        if len(images) != len(labels) or labels.ndim != 1 or not len(labels):
+            raise ValueError(
+                "images and labels must be as many and at least one, with labels of shape "
+                f"(count,); got images of shape {images.shape}, labels {labels.shape}."
+            )
+        model = classifier
+        if not isinstance(model, AttackedClassifier):
+            model = AttackedClassifier(model)
+        size = -(-len(labels) // -(-len(labels) // batch_size))  # nearly equal batches
+        folder = None if resume_dir is None else pathlib.Path(resume_dir)
+        identity = folder and self._identity(model, images, labels, (epsilon, size, seed))
+        starts = range(0, len(labels), size)
+        bar = keras.utils.Progbar(len(starts), unit_name="batch") if progress else None
+        parts = []
+        for number, start in enumerate(starts):
+            rows = np.minimum(np.arange(start, start + size), len(labels) - 1)  # one shape
+            batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
+
+            def attack(rows: np.ndarray = rows, seed: int = batch_seed) -> dict[str, np.ndarray]:
+                return self._batch(model, _as_float(images[rows]), labels[rows], radius, seed)
+
+            if folder is None:
+                part = attack()
+            else:
+                part = _kept(folder / f"batch-{number:05d}", identity, attack)
+            parts.append({name: values[: len(labels) - start] for name, values in part.items()})
+            if bar:
+                bar.update(number + 1)
+        return AttackResult(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+
+    def search(
+        self,
+        model: AttackedClassifier,
+        images: np.ndarray,
+        labels: np.ndarray,
+        epsilon: float | None,
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Attacks one batch; `perturb`, compiled, unless a subclass does otherwise.
+
+        Returns:
+            x_adv, and the queries made for each example.
+        """
+
+        def perturb(logits: Logits, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            images, labels, epsilon, seed = tensors
+            return self.perturb(logits, images, labels, epsilon, model.randomness(seed))
+
+        radius = np.float32(epsilon or 0.0)
+        return model.compiled(self, perturb)(images, labels, radius, np.int32(seed))
+
+    def perturb(
+        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
+    ) -> tuple[Tensor, Tensor]:
+        """Attacks one batch in `keras.ops`.
+
+        Args:
+            logits: Maps images to logits `(batch, num_classes)`.
+            images: Shape `(batch, height, width, channels)`, in [0, 1].
+            labels: Shape `(batch,)`.
+            epsilon: Radius, a scalar; 0 for an attack that takes none.
+            random: Source of random numbers.
+
+        Returns:
+            x_adv, shape of `images`, and queries, integers of shape `(batch,)`.
+        """
+        raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
+
+    def _batch(
+        self,
+        model: AttackedClassifier,
+        images: np.ndarray,
+        labels: np.ndarray,
+        epsilon: float | None,
+        seed: int,
+    ) -> dict[str, np.ndarray]:
+        """One batch's `AttackResult`: nothing counts that the classifier does not confirm."""
+        wrong = model.logits(images).argmax(axis=1) != labels
+        x_adv, queries = self.search(model, images, labels, epsilon, seed)
+        distance = ops.convert_to_numpy(norms.length(x_adv - images, self.norm))
+        found = model.logits(x_adv).argmax(axis=1) != labels
+        found &= (x_adv >= 0).all(axis=(1, 2, 3)) & (x_adv <= 1).all(axis=(1, 2, 3))
+        if epsilon is not None:
+            rounding = 1e-7 * images[0].size  # of the norm, in float32
+            found &= distance <= epsilon * (1 + 1e-4) + rounding
+        keep = found & ~wrong
+        return {
+            "x_adv": np.where(keep[:, None, None, None], x_adv, images),
+            "success": found | wrong,
+            "distance": np.where(wrong, 0, np.where(found, distance, np.inf)).astype(np.float32),
+            "queries": np.where(wrong, 0, queries).astype(np.int64),
+        }
+
+    def _identity(
+        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray, settings: Any
+    ) -> str:
+        digest = hashlib.sha256(repr((self, settings, images.shape)).encode())
+        for content in (np.ascontiguousarray(images).data, labels.data, model.fingerprint()):
+            digest.update(content)
+        return digest.hexdigest()
+
+
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example, shape `(batch,)`."""
+    return ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+
+
+def input_gradient(
+    logits: Logits, images: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of each example and their gradient with respect to its image.
+
+    Args:
+        logits: Maps images to logits.
+        images: Shape `(batch, height, width, channels)`.
+        loss: Maps logits to losses of shape `(batch,)`.
+
+    Returns:
+        Losses `(batch,)`, logits `(batch, num_classes)`, and the gradient, shape of
+        `images`.
+    """
+
+    def total(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        outputs = logits(images)
+        losses = loss(outputs)
+        return ops.sum(losses), (losses, outputs)
+
+    (_, (losses, outputs)), (gradient,) = backends.value_and_gradient(total, (images,))
+    return losses, outputs, gradient
+
+
+def _as_float(images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 255
+    return images.astype(np.float32)
+
+
+def _kept(
+    path: pathlib.Path, identity: Any, attack: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The result in the file at `path`, computed and written if there is none."""
+    if not path.exists():
+        checkpoint.save(path, attack(), {"identity": identity})
+    arrays, meta = checkpoint.load(path)
+    if meta["identity"] != identity:
+        raise ValueError(
+            f"resume_dir {path.parent} holds another attack's results (other settings, images "
+            "or weights). Use another folder, or remove that one."
+        )
+    return arrays

@@ -189,7 +189,6 @@ class RobustClassifier(keras.Model):
             batch = TrainingBatch(
                 call=call,
                 example_loss=self.loss.call,
-                differentiate=backends.value_and_gradient,
                 trainable=trainable,
                 images=images,
                 labels=_flat_labels(labels),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import keras
 from keras import ops
 
-from tvkeras import checks, norms
+from tvkeras import backends, checks, norms
 
 Tensor = Any
 
@@ -63,7 +63,6 @@ class TrainingBatch:
     Attributes:
         call: Maps (trainable, images) to (logits, state, auxiliary loss).
         example_loss: Maps (labels, logits) to losses of shape `(batch,)`.
-        differentiate: The backend's `value_and_gradient`.
         trainable: Values of the trainable variables.
         images: Shape `(batch, height, width, channels)`, in [0, 1].
         labels: Shape `(batch,)`, or `(batch, num_classes)` for soft labels.
@@ -75,7 +74,6 @@ class TrainingBatch:
 
     call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor], Tensor]]
     example_loss: Callable[[Tensor, Tensor], Tensor]
-    differentiate: Callable[..., tuple[tuple[Tensor, Any], Any]]
     trainable: Sequence[Tensor]
     images: Tensor
     labels: Tensor
@@ -113,12 +111,18 @@ class TrainingBatch:
         count = ops.cast(ops.shape(values)[0], values.dtype)
         return ops.sum(values) / count  # under JAX, ops.mean rounds float64 to float32
 
-    def maximum(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and value of the largest of `values` among images that count."""
+    def maximum(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The largest of `values` among images that count, over all replicas.
+
+        Returns:
+            The index of the largest one of this replica's, the global maximum, and
+            the factor of a term that concerns it alone: 1, or with several replicas,
+            whose gradients are averaged, their number on its owner and 0 elsewhere.
+        """
         if self.sample_weight is not None:
             values = ops.where(self.sample_weight > 0, values, ops.zeros_like(values))
         index = ops.argmax(values)
-        return index, ops.take(values, index)
+        return index, *backends.maximum_of_replicas(ops.take(values, index))
 
     def gradient(
         self, function: Callable[..., tuple[Tensor, Any]], *arguments: Any
@@ -129,7 +133,7 @@ class TrainingBatch:
             value, auxiliary = function(*arguments)
             return value * self.loss_scale, (value, auxiliary)
 
-        (_, (value, auxiliary)), gradients = self.differentiate(scaled, arguments)
+        (_, (value, auxiliary)), gradients = backends.value_and_gradient(scaled, arguments)
         return value, auxiliary, gradients
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
@@ -311,6 +315,7 @@ class TVLipschitz(Defense):
         if self.penalty_fraction < 1.0:
             plain = Undefended().update(batch)
             batch = batch.subset(self.penalty_fraction)
+            batch = dataclasses.replace(batch, images=backends.after(batch.images, plain.gradients))
             clean, image_gradient = _clean_pass(batch)
         else:
             clean, image_gradient = _clean_pass(batch)
@@ -318,13 +323,20 @@ class TVLipschitz(Defense):
 
         g = batch.input_gradient(image_gradient)
         sizes = norms.dual_length(g, self.norm)
-        steepest, lipschitz = batch.maximum(sizes)
+        steepest, lipschitz, share = batch.maximum(sizes)
         step = self._step(batch.images)
         displacement = step * norms.steepest_direction(g, self.norm)
         span = 2 * step if self.scheme == "central" else step
 
-        def side(images: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
-            """One end of the quotients: (tv_weight mean l + lipschitz_weight l_k) / span."""
+        def side(
+            images: Tensor, previous: Sequence[Tensor], extra: Tensor | None = None
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            """One end of the quotients: (tv_weight mean l + lipschitz_weight l_k) / span.
+
+            It waits for the gradients of the `previous` pass, whose activations are then
+            gone: run at the same time, two passes would need memory for both.
+            """
+            images = backends.after(images, previous)
 
             def end(trainable: Sequence[Tensor]) -> tuple[Tensor, None]:
                 outputs = batch.outputs(trainable, images, extra)
@@ -333,21 +345,21 @@ class TVLipschitz(Defense):
                     peak = ops.take(outputs.example_loss, steepest)
                     if extra is not None:
                         peak = peak - outputs.example_loss[-1]
-                    value = value + self.lipschitz_weight * peak
+                    value = value + self.lipschitz_weight * share * peak
                 return value / span, None
 
             value, _, (gradients,) = batch.gradient(end, batch.trainable)
             return value, gradients
 
         if self.scheme == "central":
-            base = side(batch.images - displacement)
+            base = side(batch.images - displacement, clean.gradients)
         elif self.lipschitz_weight and batch.stochastic:
-            base = side(batch.images)
+            base = side(batch.images, clean.gradients)
         else:
             ratio = tv_weight / span
             base = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
         one_sided = self.lipschitz_weight and self.scheme == "forward" and not batch.stochastic
-        ahead = side(batch.images + displacement, steepest if one_sided else None)
+        ahead = side(batch.images + displacement, base[1], steepest if one_sided else None)
 
         gradients = [p + a - b for p, a, b in zip(plain.gradients, ahead[1], base[1], strict=True)]
         return plain._replace(
@@ -366,10 +378,11 @@ class TVLipschitz(Defense):
 
             _, outputs, (image_gradient,) = batch.gradient(loss, batch.images)
             sizes = norms.dual_length(batch.input_gradient(image_gradient), self.norm)
-            _, lipschitz = batch.maximum(sizes)
+            steepest, lipschitz, share = batch.maximum(sizes)
             penalties = {"total_variation": batch.mean(sizes), "lipschitz": lipschitz}
             value = outputs.loss + tv_weight * penalties["total_variation"]
-            return value + self.lipschitz_weight * lipschitz, (outputs, penalties)
+            peak = self.lipschitz_weight * share * ops.take(sizes, steepest)
+            return value + peak, (outputs, penalties)
 
         loss, (outputs, penalties), (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, outputs.logits, outputs.state, penalties)

@@ -30,6 +30,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function)
 
 
+def after(value: Tensor, dependencies: Any) -> Tensor:
+    """`value`, computed only when all `dependencies` are."""
+    held, _ = jax.lax.optimization_barrier((value, dependencies))  # type: ignore[no-untyped-call]
+    return held
+
+
+def maximum_of_replicas(value: Tensor) -> tuple[Tensor, float]:
+    """`value` itself: a batch that is spread over devices is one array here."""
+    return value, 1.0
+
+
 def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], Any]:
     """One optimizer step of a `RobustClassifier`; returns its logs and the new state."""
     trainable, non_trainable, optimizer, metrics = state

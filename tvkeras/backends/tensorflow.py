@@ -35,6 +35,29 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(function, jit_compile=accelerated, autograph=False, reduce_retracing=True)
 
 
+def after(value: Tensor, dependencies: Any) -> Tensor:
+    """`value`, computed only when all `dependencies` are."""
+    with tf.control_dependencies(tf.nest.flatten(dependencies)):
+        return tf.identity(value)
+
+
+def maximum_of_replicas(value: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Maximum of a scalar over the replicas, and its owner's share of a mean over them.
+
+    Returns:
+        The maximum, and the number of replicas on the first that attains it, 0 on the
+        others.
+    """
+    context = tf.distribute.get_replica_context()
+    count = context.num_replicas_in_sync
+    if count == 1:
+        return value, 1.0
+    values = context.all_gather(tf.reshape(tf.stop_gradient(value), (1,)), axis=0)
+    owner = tf.argmax(values, output_type=tf.int32)
+    own = owner == context.replica_id_in_sync_group
+    return tf.reduce_max(values), tf.where(own, tf.cast(count, value.dtype), 0)
+
+
 def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     """One optimizer step of a `RobustClassifier`; returns its logs.
 

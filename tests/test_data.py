@@ -50,7 +50,7 @@ def test_unknown_names_and_splits_are_refused():
 
 
 def test_any_split_of_a_tfds_set_is_held_in_memory(same_size, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_builder", lambda name, download=False: same_size)
+    monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: same_size)
     examples = data.load("same_size", "validation", cache_dir=tmp_path)
     assert examples.images.shape == (20, 8, 8, 3)
     np.testing.assert_array_equal(examples.labels, examples.images[:, 0, 0, 0] % 3)
@@ -178,7 +178,7 @@ def test_an_evaluation_stream_keeps_order_and_remainder(synthetic):
 
 
 def test_images_of_many_sizes_point_to_the_stream(synthetic, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_builder", lambda name, download=False: synthetic)
+    monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: synthetic)
     with pytest.raises(ValueError, match=r"Stream it: train.image_size="):
         data.load("synthetic", cache_dir=tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import checkpoint, config, data, runs, schedules, train
+from tvkeras import checkpoint, config, data, recorder, schedules, train
 
 SMALL = [
     "train.epochs=2",
@@ -65,7 +65,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     bindings = ("train.epochs=4", "train.augmentation=@Augmentation()", "Augmentation.cutout=2")
     run(whole, *bindings)
-    recorded = runs.Recorder.on_epoch_end
+    recorded = recorder.Recorder.on_epoch_end
 
     def interrupted(self, epoch, logs=None):
         recorded(self, epoch, logs)
@@ -73,7 +73,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Recorder, "on_epoch_end", interrupted)
+        patch.setattr(recorder.Recorder, "on_epoch_end", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(parts, *bindings)
     keras.utils.set_random_seed(123)
@@ -178,7 +178,7 @@ def test_the_command_line_reports_errors_in_one_message(tmp_path):
 
 @pytest.mark.slow
 def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_builder", lambda name, download=False: synthetic)
+    monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: synthetic)
     report = run(
         tmp_path,
         "train.model='small_cnn'",

@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,33 +20,43 @@ class CheckpointError(ValueError):
     """The file is no checkpoint, is damaged, or does not fit the model."""
 
 
-def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint so that `path` always holds a whole one, old or new.
+class DamagedError(CheckpointError):
+    """The file is truncated, altered or something else."""
+
+
+def save(
+    path: pathlib.Path,
+    arrays: Mapping[str, np.ndarray],
+    meta: Mapping[str, Any],
+    previous: pathlib.Path | None = None,
+) -> None:
+    """Writes a checkpoint so that at every moment one of the paths holds a whole one.
 
     Args:
         path: Destination.
         arrays: By name.
         meta: Anything that JSON holds.
+        previous: Where the file that is at `path` now goes; None replaces it.
     """
     buffer = io.BytesIO()
     header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
     np.savez(buffer, meta=header, **entries)
     payload = buffer.getvalue()
-    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload, previous)
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads the arrays and the header of a checkpoint.
 
     Raises:
-        CheckpointError: If the file is truncated, altered or something else.
+        DamagedError: If the file is truncated, altered or something else.
     """
     content = path.read_bytes()
     start = len(MAGIC) + hashlib.sha256().digest_size
     digest, payload = content[len(MAGIC) : start], content[start:]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is not a whole tvkeras checkpoint: its checksum does not match."
         )
     with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
@@ -55,8 +66,37 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return arrays, json.loads(archive["meta"].tobytes())
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Replaces the file at `path`; a crash leaves the old one whole."""
+def load_newest(
+    paths: Sequence[pathlib.Path],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Loads the first of `paths` that holds a whole checkpoint; None if no file exists.
+
+    A damaged one is passed over with a warning that names it and the one used instead.
+
+    Raises:
+        DamagedError: If there are files, and none is whole.
+    """
+    damaged: DamagedError | None = None
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            loaded = load(path)
+        except DamagedError as error:
+            damaged = damaged or error
+            continue
+        if damaged:
+            warnings.warn(f"{damaged} Going on from {path} instead.", stacklevel=2)
+        return loaded
+    if damaged:
+        raise DamagedError(f"{damaged} There is no other checkpoint beside it.")
+    return None
+
+
+def write_atomically(
+    path: pathlib.Path, content: bytes, previous: pathlib.Path | None = None
+) -> None:
+    """Replaces the file at `path`, which goes to `previous`; a crash leaves it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -64,6 +104,8 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

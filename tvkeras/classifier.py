@@ -116,25 +116,41 @@ class RobustClassifier(keras.Model):
         """Logits, shape `(batch, num_classes)`."""
         return self.classifier(self._as_images(images), training=training)
 
-    def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> keras.callbacks.History:
+    def fit(
+        self, x: Any = None, y: Any = None, *, initial_step: int = 0, **kwargs: Any
+    ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, after one look at the first images.
 
-        Before each epoch it calls `x.begin_epoch(epoch)` where there is one, as
-        `tvkeras.data.Batches` has.
+        Before each epoch it calls `x.begin_epoch(epoch, first_batch)` where there is
+        one, as `tvkeras.data.Batches` has.
+
+        Args:
+            x: As in Keras.
+            y: As in Keras.
+            initial_step: Steps of `initial_epoch` that a checkpoint has done already,
+                a multiple of `steps_per_execution`; needs an `x` with `begin_epoch`.
+            **kwargs: As in Keras.
 
         Raises:
             ValueError: If those images are not finite numbers in [0, 1] (or uint8),
                 a label is out of range, or the classifier's outputs are
-                probabilities.
+                probabilities; or if `initial_step` is no such number.
         """
-        if hasattr(x, "begin_epoch"):
-            begin = keras.callbacks.LambdaCallback(
-                on_epoch_begin=lambda epoch, _: x.begin_epoch(epoch)
-            )
-            kwargs["callbacks"] = [begin, *keras.tree.flatten(kwargs.get("callbacks") or [])]
+        if initial_step % self.steps_per_execution or not hasattr(x, "begin_epoch"):
+            if initial_step:
+                raise ValueError(
+                    "initial_step must be a multiple of steps_per_execution="
+                    f"{self.steps_per_execution}, with an x that has begin_epoch (such as "
+                    f"tvkeras.data.Batches), got initial_step={initial_step}, x={x!r}."
+                )
         first, x = _first_batch(x, y)
         if first is not None:
             self._check_batch(*first)
+            if initial_step:  # the metrics' sums so far need variables to be assigned to
+                self.compute_metrics(first[0], first[1], self(first[0]), None)
+        if hasattr(x, "begin_epoch"):
+            begin = _EpochStarter(x, initial_step)
+            kwargs["callbacks"] = [begin, *keras.tree.flatten(kwargs.get("callbacks") or [])]
         return super().fit(x, y, **kwargs)
 
     def train_step(self, *arguments: Any) -> Any:
@@ -257,7 +273,8 @@ class RobustClassifier(keras.Model):
                 "Divide 0-255 images by 255 (or pass them as uint8), and put any normalisation "
                 "into the classifier as a layer."
             )
-        logits = ops.convert_to_numpy(self(images, training=False)).astype("float64")
+        outputs = self(images, training=False)
+        logits = ops.convert_to_numpy(outputs).astype("float64")
         if logits.min() >= 0 and np.allclose(logits.sum(axis=-1), 1, atol=1e-2):
             raise ValueError(_PROBABILITIES.format("the classifier's outputs are probabilities"))
         if np.issubdtype(labels.dtype, np.integer) and labels.size == len(images):
@@ -266,6 +283,34 @@ class RobustClassifier(keras.Model):
                     f"labels must lie in 0..{logits.shape[-1] - 1} (the classifier has "
                     f"{logits.shape[-1]} outputs), got {labels.min()} to {labels.max()}."
                 )
+
+
+class _EpochStarter(keras.callbacks.Callback):
+    """Tells the data which epoch begins, and passes over the steps of it that are done."""
+
+    def __init__(self, batches: Any, initial_step: int) -> None:
+        super().__init__()
+        self._batches = batches
+        self._done = initial_step
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Orders the data; in a first epoch that is partly done, skips its steps."""
+        self._batches.begin_epoch(epoch, self._done)
+        if self._done:
+            self._skip(self._done // self.model.steps_per_execution)
+            self._done = 0
+
+    def _skip(self, count: int) -> None:
+        model, step = self.model, self.model.train_function
+        left = itertools.chain([True] * count, itertools.repeat(False))
+
+        def skipping(*arguments: Any) -> Any:
+            if next(left):
+                return backends.skipped_step(*arguments)
+            model.train_function = step
+            return step(*arguments)
+
+        model.train_function = skipping
 
 
 _PROBABILITIES = (

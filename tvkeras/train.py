@@ -1,8 +1,10 @@
 """Trains a robust classifier: `python -m tvkeras.train --gin_file=gin/cifar_tv_lip.gin`."""
 
+import contextlib
 import json
 import pathlib
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -12,9 +14,10 @@ from typing import Any
 import keras
 from absl import app, flags
 
-from tvkeras import checks, config, data, evaluation, models, norms, runs, schedules
+from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, schedules
 from tvkeras.classifier import RobustClassifier
 from tvkeras.defenses import Defense
+from tvkeras.recorder import Recorder, TrainingInterrupt
 
 TIMED_STEPS = 5
 
@@ -37,6 +40,9 @@ def train(
     precision: str = "float32",
     jit_compile: bool | str = "auto",
     steps_per_execution: int = 1,
+    devices: int | str = 1,
+    checkpoint_minutes: float = 10.0,
+    checkpoint_steps: int | None = None,
     seed: int = 0,
     norm: str = "l2",
     epsilons: tuple[float | str, ...] = (0.1, 0.25, "100/255"),
@@ -64,6 +70,9 @@ def train(
         precision: Keras dtype policy: "float32", "mixed_bfloat16", "mixed_float16".
         jit_compile: Whether XLA compiles the step; "auto" for accelerators only.
         steps_per_execution: Steps in one call of the compiled function.
+        devices: How many devices share each batch, or "all" (BUILD.md, "Many devices").
+        checkpoint_minutes: Minutes between checkpoints (see `tvkeras.recorder`).
+        checkpoint_steps: Steps between them instead.
         seed: Of everything random.
         norm: Threat norm of the final measurement.
         epsilons: Radii of the final measurement.
@@ -71,92 +80,123 @@ def train(
         dry_run: Only print the plan, with the time of a few steps.
 
     Returns:
-        What `evaluation.measure` finds on the test set for the best epoch's weights.
+        What `evaluation.measure` finds on the test set for the best epoch's weights;
+        nothing in the second and further ones of several processes.
 
     Raises:
         ValueError: For an illegal argument, or a run folder of another configuration.
         tvkeras.data.DataNotFoundError: If the data is not on this machine.
         FloatingPointError: If the loss stops being finite.
+        tvkeras.recorder.TrainingInterrupt: After SIGTERM or Ctrl-C, with a checkpoint.
     """
-    # ---- Data ----------------------------------------------------------------------
+    # ---- Arguments ----------------------------------------------------------------------
     checks.whole_number("epochs", epochs, minimum=1)
     checks.whole_number("attacked_images", attacked_images, minimum=1)
     checks.one_of("norm", norm, norms.DUALS)
     for epsilon in checks.sequence("epsilons", epsilons):
         checks.epsilon(epsilon, "epsilons")
-    shared: dict[str, Any] = {
-        "batch_size": batch_size,
-        "validation_fraction": validation_fraction,
-        "seed": seed,
-        "download": download,
-        "test_split": test_split,
-    }
-    if image_size is None:
-        splits = data.in_memory(dataset, **shared)
-    else:
-        splits = data.streamed(dataset, image_size=image_size, **shared)
-
-    steps = len(splits.train)
-
-    # ---- Model and objective -------------------------------------------------------
-    random.seed(seed)  # Keras draws every layer's seed from here, on all backends
-    keras.config.set_dtype_policy(precision)
-    shape = {"input_shape": splits.test.images.shape[1:]}
-    classifier = models.build(
-        model, splits.test.num_classes, **{**shape, **(model_arguments or {})}
-    )
-    robust = RobustClassifier(classifier, defense, augmentation=augmentation, seed=seed)
-    robust.compile(
-        optimizer(steps * epochs),
-        metrics=["accuracy"],
-        jit_compile=jit_compile,
-        steps_per_execution=steps_per_execution,
-    )
-    robust.optimizer.build(robust.trainable_variables)
-    plan = {
-        "parameters": classifier.count_params(),
-        "steps_per_epoch": steps,
-        "steps": steps * epochs,
-    }
-    if dry_run:
-        return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
-
-    # ---- Run folder ----------------------------------------------------------------
+    checks.number("checkpoint_minutes", checkpoint_minutes, minimum=0.0)
+    if checkpoint_steps is not None:
+        checks.whole_number("checkpoint_steps", checkpoint_steps, minimum=1)
+    if devices != "all":
+        checks.whole_number("devices", devices, minimum=1)
     folder = pathlib.Path(run_dir)
-    runs.claim(folder, config.operative())
-    runs.describe(
-        folder,
-        **plan,
-        seed=seed,
-        defense=type(defense).__name__,
-        dataset=dataset,
-        data_sha256=splits.checksums,
-        versions=runs.versions(),
-    )
-    recorder = runs.Recorder(folder)
-    recorder.restore(robust)
 
-    # ---- Training ------------------------------------------------------------------
-    callbacks = [recorder]
-    if keras.backend.backend() == "tensorflow":
-        callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
-    if recorder.epoch < epochs:
-        robust.fit(
-            splits.train,
-            validation_data=splits.validation,
-            initial_epoch=recorder.epoch,
-            epochs=epochs,
-            callbacks=callbacks,
-            shuffle=False,  # the batches are shuffled already, as a function of the seed
-            verbose="auto" if sys.stdout.isatty() else 0,
+    with contextlib.ExitStack() as stack:
+        spread = stack.enter_context(backends.spread(devices))
+
+        # ---- Data ------------------------------------------------------------------
+        shared: dict[str, Any] = {
+            "batch_size": batch_size,
+            "validation_fraction": validation_fraction,
+            "seed": seed,
+            "download": download,
+            "test_split": test_split,
+            "devices": spread,
+        }
+        if image_size is None:
+            splits = data.in_memory(dataset, **shared)
+        else:
+            splits = data.streamed(dataset, image_size=image_size, **shared)
+        steps = len(splits.train)
+
+        # ---- Model and objective ---------------------------------------------------
+        def build() -> keras.Model:
+            shape = {"input_shape": splits.test.images.shape[1:]}
+            arguments = {**shape, **(model_arguments or {})}
+            return models.build(model, splits.test.num_classes, **arguments)
+
+        random.seed(seed)  # Keras draws every layer's seed from here, on all backends
+        keras.config.set_dtype_policy(precision)
+        robust = RobustClassifier(build(), defense, augmentation=augmentation, seed=seed)
+        robust.compile(
+            optimizer(steps * epochs),
+            metrics=["accuracy"],
+            jit_compile=jit_compile,
+            steps_per_execution=steps_per_execution,
         )
+        robust.optimizer.build(robust.trainable_variables)
+        plan = {
+            "parameters": robust.classifier.count_params(),
+            "steps_per_epoch": steps,
+            "steps": steps * epochs,
+        }
+        if dry_run:
+            return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
 
-    # ---- Measurement, on the weights that are published ------------------------------
+        # ---- Run folder ------------------------------------------------------------
+        if spread.process == 0:
+            stack.enter_context(runs.locked(folder))
+            runs.claim(folder, config.operative())
+            runs.describe(
+                folder,
+                **plan,
+                seed=seed,
+                defense=type(defense).__name__,
+                dataset=dataset,
+                data_sha256=splits.checksums,
+                versions=runs.versions(),
+                devices=spread.total,
+            )
+        recorder = Recorder(
+            folder,
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+            writes=spread.process == 0,
+        )
+        recorder.restore(robust)
+
+        # ---- Training --------------------------------------------------------------
+        callbacks = [recorder]
+        if keras.backend.backend() == "tensorflow":
+            callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
+        if recorder.epoch < epochs:
+            with recorder.catching_signals():
+                robust.fit(
+                    splits.train,
+                    validation_data=splits.validation,
+                    initial_epoch=recorder.epoch,
+                    initial_step=recorder.step,
+                    epochs=epochs,
+                    callbacks=callbacks,
+                    shuffle=False,  # the batches are shuffled already, as a function of the seed
+                    verbose="auto" if sys.stdout.isatty() else 0,
+                )
+
+    # ---- Measurement, on one device and on the weights that are published ------------
+    if spread.process > 0:
+        return {}
+    classifier = build()
     classifier.load_weights(recorder.best_path)
     results = evaluation.measure(
         classifier, splits.test, norm=norm, epsilons=epsilons, attacked_images=attacked_images
     )
-    runs.describe(folder, train_seconds=round(recorder.seconds, 1), results=results)
+    runs.describe(
+        folder,
+        train_seconds=round(recorder.seconds, 1),
+        writing_seconds=round(recorder.writing_seconds, 1),
+        results=results,
+    )
     return results
 
 
@@ -190,6 +230,10 @@ def main(_: list[str]) -> None:
         results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except TrainingInterrupt as interruption:
+        command = shlex.join(["python", "-m", "tvkeras.train", *sys.argv[1:]])
+        print(f"{interruption} The same command goes on:\n{command}", file=sys.stderr)
+        sys.exit(128 + interruption.number)
     print(json.dumps(results, indent=2))
     if not _DRY_RUN.value:
         print(f"run folder: {run_dir}")

@@ -5,6 +5,7 @@ is written in `keras.ops`.
 """
 
 import importlib
+from typing import NamedTuple
 
 import keras
 
@@ -14,11 +15,28 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
         f"got KERAS_BACKEND={keras.backend.backend()!r}."
     )
 
+
+class Devices(NamedTuple):
+    """What a training run computes on.
+
+    Attributes:
+        total: Devices that share each batch, over all processes.
+        process: Number of this process, from 0.
+        processes: How many processes run together.
+    """
+
+    total: int = 1
+    process: int = 0
+    processes: int = 1
+
+
 _module = importlib.import_module(f"tvkeras.backends.{keras.backend.backend()}")
 
 after = _module.after
 compiled = _module.compiled
 fast_twin = _module.fast_twin
 maximum_of_replicas = _module.maximum_of_replicas
+skipped_step = _module.skipped_step
+spread = _module.spread
 train_step = _module.train_step
 value_and_gradient = _module.value_and_gradient

@@ -1,10 +1,14 @@
 """JAX's half of the training step: stateless, nothing here imports TensorFlow."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import keras
+
+from tvkeras.backends import Devices
 
 Tensor = Any
 
@@ -54,6 +58,44 @@ def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], An
         logs = model.compute_logs(update, images, labels, sample_weight)
     metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
     return logs, (trainable, non_trainable, optimizer, metrics)
+
+
+def skipped_step(state: Any, iterator: Any) -> tuple[dict[str, Tensor], Any]:
+    """What Keras's compiled step returns, with nothing done: no logs, the same state."""
+    return {}, state
+
+
+@contextlib.contextmanager
+def spread(devices: int | str) -> Iterator[Devices]:
+    """Spreads the models that are built and trained inside over devices.
+
+    With `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `..._NUM_PROCESSES` and `..._PROCESS_ID`
+    set, this process joins the others, and "all" are the devices of all of them.
+
+    Args:
+        devices: How many, or "all".
+
+    Raises:
+        ValueError: If there are fewer, or processes run together with less than all.
+    """
+    if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES") and not jax.distributed.is_initialized():
+        keras.distribution.initialize()
+    found = jax.devices()
+    total = len(found) if devices == "all" else int(devices)
+    if total > len(found) or (jax.process_count() > 1 and total < len(found)):
+        raise ValueError(
+            f"devices must be 'all' or at most {len(found)} ({jax.process_count()} processes see "
+            f"{found}; several processes use all), got devices={devices!r}."
+        )
+    if total == 1:
+        yield Devices()
+        return
+    names = keras.distribution.list_devices()[:total]
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
+    try:
+        yield Devices(total, jax.process_index(), jax.process_count())
+    finally:
+        keras.distribution.set_distribution(None)
 
 
 def fast_twin(classifier: keras.Model) -> keras.Model:

@@ -1,10 +1,15 @@
 """TensorFlow's half of the training step: `tf.GradientTape` and fused BatchNorm."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from tvkeras.backends import Devices
 
 Tensor = Any
 
@@ -61,28 +66,129 @@ def maximum_of_replicas(value: Tensor) -> tuple[Tensor, Tensor | float]:
 def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     """One optimizer step of a `RobustClassifier`; returns its logs.
 
+    Under a `MirroredStrategy` of several replicas, gradients and BatchNorm's moving
+    statistics are averaged over them, gradients before they are clipped.
+
     Raises:
-        ValueError: Under a `tf.distribute` strategy of several replicas, whose
-            maxima and statistics this step does not gather.
+        ValueError: Under another strategy of several replicas, or with a setting that
+            fails under one.
     """
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync
     if replicas > 1:
-        raise ValueError(
-            f"tvkeras trains on one TensorFlow replica, got a strategy of {replicas}. "
-            "Train without tf.distribute."
-        )
+        _check_replicated(model, context.strategy)
     images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    update, state = model.compute_update(
+    state = [tf.convert_to_tensor(variable) for variable in model.non_trainable_variables]
+    own = [_own_seed(value, context) for value in state]
+    update, new_state = model.compute_update(
         [tf.convert_to_tensor(variable) for variable in model.trainable_variables],
-        [tf.convert_to_tensor(variable) for variable in model.non_trainable_variables],
+        own,
         images,
         labels,
         sample_weight,
     )
-    for variable, value in zip(model.non_trainable_variables, state, strict=True):
+    gradients = update.gradients
+    if replicas > 1:
+        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, list(gradients))
+        gradients = [g / replicas for g in _clipped(gradients, model.optimizer)]  # Keras sums them
+        new_state = [
+            context.all_reduce(tf.distribute.ReduceOp.MEAN, new)
+            if new.dtype.is_floating
+            else new - (seed - old)
+            for new, seed, old in zip(new_state, own, state, strict=True)
+        ]
+    for variable, value in zip(model.non_trainable_variables, new_state, strict=True):
         variable.assign(value)
-    model.optimizer.apply(update.gradients, model.trainable_variables)
+    model.optimizer.apply(gradients, model.trainable_variables)
     return model.compute_logs(update, images, labels, sample_weight)
+
+
+def skipped_step(iterator: Any) -> dict[str, Tensor]:
+    """What Keras's compiled step returns, with nothing done: no logs."""
+    return {}
+
+
+@contextlib.contextmanager
+def spread(devices: int | str) -> Iterator[Devices]:
+    """Spreads the models that are built and trained inside over devices, mirrored.
+
+    Args:
+        devices: How many of this machine's GPUs (without one, CPUs), or "all".
+
+    Raises:
+        ValueError: If there are fewer, or `TF_CONFIG` names several workers.
+    """
+    workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
+    if len(workers) > 1:
+        raise ValueError(f"TF_CONFIG names {len(workers)} workers, but {_MANY_WORKERS}")
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    total = len(found) if devices == "all" else int(devices)
+    if total > len(found):
+        raise ValueError(
+            f"devices must be 'all' or at most {len(found)} (this machine has "
+            f"{[device.name for device in found]}), got devices={devices!r}."
+        )
+    if total == 1:
+        yield Devices()
+        return
+    strategy = tf.distribute.MirroredStrategy([device.name for device in found[:total]])
+    with strategy.scope():
+        yield Devices(total)
+
+
+_MANY_WORKERS = (
+    "TensorFlow trains on one: Keras's fit fails under MultiWorkerMirroredStrategy. "
+    "Use KERAS_BACKEND=jax for several processes (BUILD.md, 'Many devices')."
+)
+
+
+def _check_replicated(model: Any, strategy: Any) -> None:
+    if not isinstance(strategy, tf.distribute.MirroredStrategy):
+        raise ValueError(
+            "the tf.distribute strategy must be a MirroredStrategy, "
+            f"got {type(strategy).__name__}: {_MANY_WORKERS}"
+        )
+    refused = {
+        "jit_compile": (model.jit_compile, False),
+        "steps_per_execution": (model.steps_per_execution, 1),
+        "optimizer.gradient_accumulation_steps": (
+            model.optimizer.gradient_accumulation_steps,
+            None,
+        ),
+    }
+    for name, (value, only) in refused.items():
+        if value != only:
+            raise ValueError(
+                f"{name} must be {only} on several TensorFlow devices, got {name}={value!r}. "
+                "Change it, or use KERAS_BACKEND=jax."
+            )
+
+
+def _own_seed(value: Tensor, context: Any) -> Tensor:
+    """A seed's state (seed, counter) moved so that each replica draws its own numbers."""
+    if value.dtype.is_floating or context.num_replicas_in_sync == 1:
+        return value
+    shift = tf.cast(context.replica_id_in_sync_group, value.dtype) * 1_000_003
+    return value + tf.concat([shift[None], tf.zeros_like(value[1:])], axis=0)
+
+
+def _clipped(gradients: Sequence[Tensor], optimizer: Any) -> Sequence[Tensor]:
+    """Averaged gradients, clipped as the optimizer would clip them on one device.
+
+    Keras's optimizers clip each replica's gradients before they add them up; what is
+    clipped here already passes that unchanged.
+    """
+    scale = optimizer.scale_loss(tf.constant(1.0))
+    settings = getattr(optimizer, "inner_optimizer", optimizer)
+    gradients = [gradient / tf.cast(scale, gradient.dtype) for gradient in gradients]
+    if settings.clipnorm:
+        gradients = [tf.clip_by_norm(gradient, settings.clipnorm) for gradient in gradients]
+    elif settings.global_clipnorm:
+        gradients, _ = tf.clip_by_global_norm(gradients, settings.global_clipnorm)
+    elif settings.clipvalue:
+        limit = settings.clipvalue
+        gradients = [tf.clip_by_value(gradient, -limit, limit) for gradient in gradients]
+    return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients]
 
 
 def fast_twin(classifier: keras.Model) -> keras.Model:

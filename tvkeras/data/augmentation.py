@@ -1,0 +1,75 @@
+"""Random crop, flip and cutout, inside the compiled training step."""
+
+import dataclasses
+from typing import Any
+
+import keras
+from keras import ops
+
+from tvkeras import checks
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crop, flip and cutout of a batch, in `keras.ops`, stateless.
+
+    Attributes:
+        crop: Pixels padded on every side before a random crop of the old size.
+        fill: Value of the padding.
+        flip: Whether to mirror half of the images.
+        cutout: Side of the square, centred anywhere, that is replaced by its own
+            mean colour; 0 for none.
+
+    Reference: DeVries & Taylor (2017), arXiv:1708.04552, for cutout.
+    """
+
+    crop: int = 4
+    fill: float = 0.5
+    flip: bool = True
+    cutout: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.whole_number("crop", self.crop)
+        checks.number("fill", self.fill, minimum=0.0, maximum=1.0)
+        checks.whole_number("cutout", self.cutout)
+
+    def __call__(self, images: Tensor, seed: keras.random.SeedGenerator) -> Tensor:
+        """Augmented images, shape and dtype of `images`."""
+        batch = ops.shape(images)[0]
+        height, width, channels = images.shape[1:]
+
+        def draw(limit: int) -> Tensor:
+            return keras.random.randint((batch, 1), 0, limit, seed=seed)
+
+        rows = draw(2 * self.crop + 1) + ops.arange(height)
+        columns = ops.arange(width)
+        if self.flip:
+            columns = ops.where(draw(2) == 1, width - 1 - columns, columns)
+        columns = columns + draw(2 * self.crop + 1)
+        pad = (self.crop, self.crop)
+        padded = ops.pad(images, ((0, 0), pad, pad, (0, 0)), constant_values=self.fill)
+        padded_height, padded_width = height + 2 * self.crop, width + 2 * self.crop
+        first = ops.arange(batch)[:, None, None] * (padded_height * padded_width)
+        pixels = first + rows[:, :, None] * padded_width + columns[:, None, :]
+        images = ops.take(ops.reshape(padded, (-1, channels)), pixels, axis=0)
+        if self.cutout:
+            inside_rows = self._near(ops.arange(height), draw(height))
+            inside_columns = self._near(ops.arange(width), draw(width))
+            square = ops.logical_and(inside_rows[:, :, None], inside_columns[:, None, :])[..., None]
+            mask = ops.cast(square, images.dtype)
+            total = ops.sum(images * mask, axis=(1, 2), keepdims=True)
+            mean = total / ops.sum(mask, axis=(1, 2), keepdims=True)
+            images = ops.where(square, mean, images)
+        return images
+
+    def _near(self, positions: Tensor, centre: Tensor) -> Tensor:
+        offset = positions - centre + self.cutout // 2
+        return ops.logical_and(offset >= 0, offset < self.cutout)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras's serialisation."""
+        return dataclasses.asdict(self)

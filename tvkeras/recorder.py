@@ -1,0 +1,269 @@
+"""What training writes while it runs, and how it continues from it."""
+
+import contextlib
+import csv
+import io
+import math
+import pathlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from tvkeras import checkpoint, runs
+
+LOSS_CHECK_STEPS = 20
+# A checkpoint that took s seconds is followed by at least this many times s of training.
+PAUSE_PER_COST = 50
+
+
+class TrainingInterrupt(KeyboardInterrupt):
+    """A signal stopped training; a checkpoint was written. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Recorder(keras.callbacks.Callback):
+    """Logs, keeps the best weights and the state, and stops on a lost loss or a signal.
+
+    The state is written to `checkpoints/last` when it is due, the one before it is kept
+    as `checkpoints/previous`. It holds all that the next step depends on: weights,
+    optimizer, seeds, the metrics' sums, and the position in the data.
+
+    Args:
+        run_dir: The run folder.
+        checkpoint_minutes: Minutes between checkpoints inside an epoch, at least. They
+            are also at least 50 times as far apart as one takes to write.
+        checkpoint_steps: Steps between them instead, whatever it costs.
+        writes: Whether this process writes: one of several does.
+
+    Attributes:
+        epoch: The epoch to go on with: 0 in a new folder.
+        step: Steps of that epoch that are done.
+        seconds: Training time so far, over all continuations.
+        writing_seconds: The part of it that went into files.
+    """
+
+    def __init__(
+        self,
+        run_dir: pathlib.Path,
+        *,
+        checkpoint_minutes: float = 10.0,
+        checkpoint_steps: int | None = None,
+        writes: bool = True,
+    ) -> None:
+        super().__init__()
+        self.path = run_dir / "checkpoints" / "last"
+        self.previous_path = run_dir / "checkpoints" / "previous"
+        self.best_path = run_dir / "best.weights.h5"
+        self.log_path = run_dir / "log.csv"
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0
+        self.writing_seconds = 0.0
+        self._minutes = checkpoint_minutes
+        self._steps = checkpoint_steps
+        self._writes = writes
+        self._rows: list[dict[str, float]] = []
+        self._metrics: list[Any] = []
+        self._checked = 0
+        self._cost = 0.0
+        self._signal: int | None = None
+
+    def restore(self, model: keras.Model) -> None:
+        """Sets the model to the newest whole checkpoint, if there is one.
+
+        Raises:
+            checkpoint.CheckpointError: If all are damaged, or of another model.
+        """
+        loaded = checkpoint.load_newest((self.path, self.previous_path))
+        if loaded is not None:
+            arrays, meta = loaded
+            checkpoint.assign(_variables(model), arrays)
+            self.epoch, self.step = meta["epoch"], meta["step"]
+            self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]
+            self._rows, self._metrics = meta["log"], meta["metrics"]
+
+    @contextlib.contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and Ctrl-C stop training after the step, with a checkpoint.
+
+        A second one acts at once, as it would without this.
+
+        Raises:
+            TrainingInterrupt: From the training inside.
+        """
+        old: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
+            old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(number: int, frame: Any) -> None:
+            self._signal = number
+            signal.signal(number, old[number])
+
+        try:
+            for number in old:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Starts the clocks."""
+        self._started = time.monotonic() - self.seconds
+        self._first = (self.epoch, self.step)
+        self._resumed_at = self._saved_at = time.monotonic()
+        self._unsaved_steps = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """In an epoch that is partly done, sets the metrics to their sums so far."""
+        self._checked = self.step
+        if self.step:
+            for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
+                variable.assign(np.array(value))
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Looks at the loss every few steps, and writes a checkpoint when it is due."""
+        done = batch + 1
+        if done <= self.step or done >= self.params["steps"]:
+            return  # done in an earlier process, or left to the end of the epoch
+        self._unsaved_steps += done - self.step
+        self.step = done  # (`self.model` here would synchronise JAX's state)
+        if done - self._checked >= LOSS_CHECK_STEPS:  # its running mean keeps a NaN
+            self._checked = done
+            self._check_loss(f"step {done}", logs or {})
+        if self._signal is not None:
+            self._save()
+            self._stop(self._signal)
+        elif self._is_due():
+            try:
+                self._save()
+            except OSError as error:
+                warnings.warn(
+                    f"no checkpoint was written ({error}); {self._last_good()}. Training goes on "
+                    "to the end of the epoch. Make room, or mend the folder's permissions.",
+                    stacklevel=2,
+                )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the log, the best weights and, when it is due, the checkpoint."""
+        row = {name: float(value) for name, value in (logs or {}).items()}
+        self._check_loss("its end", row)
+        row = {"epoch": epoch, "learning_rate": self._learning_rate(), **row}
+        best = max((old.get("val_accuracy", 0.0) for old in self._rows), default=-1.0)
+        self._rows.append(row)
+        self._unsaved_steps += self.params["steps"] - self.step
+        self.epoch, self.step = epoch + 1, 0
+        last = self.epoch == self.params["epochs"]
+        try:
+            if self._writes:
+                with self._writing():
+                    checkpoint.write_atomically(self.log_path, _as_csv(self._rows))
+                    if row.get("val_accuracy", math.inf) >= best:
+                        runs.save_float16(self.model.classifier, self.best_path)
+            if last or self._signal is not None or self._is_due(minutes=0.0):
+                self._save()
+        except OSError as error:
+            raise OSError(
+                f"{error}: the run folder cannot be written after epoch {self.epoch}. "
+                f"{self._last_good()}. Make room or mend its permissions; then the same command "
+                "goes on from there."
+            ) from error
+        if self._writes:
+            self._report(row)
+        if self._signal is not None:
+            self._stop(self._signal)
+
+    def _is_due(self, minutes: float | None = None) -> bool:
+        if self._steps is not None:
+            return self._unsaved_steps >= self._steps
+        pause = 60 * (self._minutes if minutes is None else minutes)
+        return time.monotonic() - self._saved_at >= max(pause, PAUSE_PER_COST * self._cost)
+
+    def _save(self) -> None:
+        """Writes the state, if this process is the one that does."""
+        if not self._writes:
+            return
+        started = self._saved_at = time.monotonic()
+        self._unsaved_steps = 0
+        self.seconds = started - self._started
+        metrics = self.model.metrics_variables if self.step else []
+        meta = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "writing_seconds": self.writing_seconds,
+            "log": self._rows,
+            "metrics": [keras.ops.convert_to_numpy(value.value).tolist() for value in metrics],
+        }
+        with self._writing():
+            arrays = checkpoint.values(_variables(self.model))
+            checkpoint.save(self.path, arrays, meta, previous=self.previous_path)
+        self._cost = time.monotonic() - started
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.writing_seconds += time.monotonic() - started
+
+    def _stop(self, number: int) -> None:
+        raise TrainingInterrupt(
+            f"{signal.Signals(number).name} stopped training after {self._position()}. "
+            f"{self._last_good()}.",
+            number,
+        )
+
+    def _position(self) -> str:
+        inside = f"step {self.step} of epoch {self.epoch + 1}"
+        return inside if self.step else f"epoch {self.epoch}"
+
+    def _last_good(self) -> str:
+        return f"Last good checkpoint: {self.path}" if self.path.exists() else "No checkpoint yet"
+
+    def _check_loss(self, where: str, logs: dict[str, Any]) -> None:
+        lost = {name: float(logs[name]) for name in ("loss", "val_loss") if name in logs}
+        lost = {name: value for name, value in lost.items() if not math.isfinite(value)}
+        for name, value in lost.items():
+            raise FloatingPointError(
+                f"{name} is {value} in epoch {self.epoch + 1} at {where}, after "
+                f"{int(self.model.optimizer.iterations)} steps, at learning rate "
+                f"{self._learning_rate():.3g}. {self._last_good()}. Lower the learning rate, "
+                "raise fd_step, or clip the gradient (sgd.clip_norm)."
+            )
+
+    def _learning_rate(self) -> float:
+        return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+    def _report(self, row: dict[str, float]) -> None:
+        epochs, (epoch, step) = self.params["epochs"], self._first
+        done = self.epoch - epoch - step / self.params["steps"]
+        pace = (time.monotonic() - self._resumed_at) / done
+        left = pace * (epochs - self.epoch)
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        print(
+            f"epoch {self.epoch}/{epochs}  {figures}  {pace:.1f} s/epoch, {left / 60:.0f} min left",
+            flush=True,
+        )
+
+
+def _variables(model: keras.Model) -> list[keras.Variable]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _as_csv(rows: list[dict[str, float]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

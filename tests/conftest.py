@@ -1,6 +1,7 @@
 """Fixtures shared by all tests; the backend is the one of KERAS_BACKEND."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -15,6 +16,7 @@ from keras import layers
 import tvkeras.data
 
 BACKEND = keras.backend.backend()
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

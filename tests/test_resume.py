@@ -53,8 +53,10 @@ MOMENTS = np.random.default_rng(7)
     "moments",
     [
         [("step", int(MOMENTS.integers(5, 30))), ("step", int(MOMENTS.integers(2, 10)))],
-        [("epoch", 1), ("write", int(MOMENTS.integers(2, 12)))],
-        [("write", number) for number in (1, 2, 3)],
+        pytest.param(
+            [("epoch", 1), ("write", int(MOMENTS.integers(2, 12)))], marks=pytest.mark.slow
+        ),
+        pytest.param([("write", number) for number in (1, 2, 3)], marks=pytest.mark.slow),
     ],
     ids=["inside epochs", "between epochs and while writing", "in the first writes"],
 )
@@ -66,6 +68,7 @@ def test_a_run_that_was_killed_ends_as_if_it_never_was(moments, whole, tmp_path)
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_call_resume_exactly_too(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     resumable.train(one, steps_per_execution=2)
@@ -91,7 +94,9 @@ def test_a_real_kill(backend, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path):
     before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupt, match=r"after step 3 of epoch 2.*checkpoints/last"):
@@ -107,6 +112,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_the_previous_checkpoint_is_used_when_the_last_is_damaged(damage, whole, tmp_path):
     with pytest.raises(Killed):
@@ -155,6 +161,7 @@ def test_a_full_disk_inside_an_epoch_leaves_the_run_going(whole, tmp_path, monke
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_stops_the_run_and_loses_nothing(whole, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         resumable.train(tmp_path, resumable.ending("step", 6, stop))

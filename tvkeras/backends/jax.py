@@ -91,7 +91,8 @@ def spread(devices: int | str) -> Iterator[Devices]:
         yield Devices()
         return
     names = keras.distribution.list_devices()[:total]
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names))
+    distribution = keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
+    keras.distribution.set_distribution(distribution)
     try:
         yield Devices(total, jax.process_index(), jax.process_count())
     finally:

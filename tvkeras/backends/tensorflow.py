@@ -1,6 +1,7 @@
 """TensorFlow's half of the training step: `tf.GradientTape` and fused BatchNorm."""
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
         _check_replicated(model, context.strategy)
     images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     state = [tf.convert_to_tensor(variable) for variable in model.non_trainable_variables]
-    own = [_own_seed(value, context) for value in state]
+    own = [own_seed(value, context) for value in state]
     update, new_state = model.compute_update(
         [tf.convert_to_tensor(variable) for variable in model.trainable_variables],
         own,
@@ -131,9 +132,14 @@ def spread(devices: int | str) -> Iterator[Devices]:
     if total == 1:
         yield Devices()
         return
-    strategy = tf.distribute.MirroredStrategy([device.name for device in found[:total]])
-    with strategy.scope():
+    with _mirrored(tuple(device.name for device in found[:total])).scope():
         yield Devices(total)
+
+
+@functools.cache
+def _mirrored(names: tuple[str, ...]) -> Any:
+    """One strategy for a set of devices: TensorFlow mixes up the collectives of two."""
+    return tf.distribute.MirroredStrategy(names)
 
 
 _MANY_WORKERS = (
@@ -148,23 +154,22 @@ def _check_replicated(model: Any, strategy: Any) -> None:
             "the tf.distribute strategy must be a MirroredStrategy, "
             f"got {type(strategy).__name__}: {_MANY_WORKERS}"
         )
+    settings = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     refused = {
         "jit_compile": (model.jit_compile, False),
         "steps_per_execution": (model.steps_per_execution, 1),
-        "optimizer.gradient_accumulation_steps": (
-            model.optimizer.gradient_accumulation_steps,
-            None,
-        ),
+        "gradient_accumulation_steps": (settings.gradient_accumulation_steps, None),
+        "ema_overwrite_frequency": (settings.use_ema and settings.ema_overwrite_frequency, None),
     }
     for name, (value, only) in refused.items():
-        if value != only:
+        if value and value != only:
             raise ValueError(
                 f"{name} must be {only} on several TensorFlow devices, got {name}={value!r}. "
                 "Change it, or use KERAS_BACKEND=jax."
             )
 
 
-def _own_seed(value: Tensor, context: Any) -> Tensor:
+def own_seed(value: Tensor, context: Any) -> Tensor:
     """A seed's state (seed, counter) moved so that each replica draws its own numbers."""
     if value.dtype.is_floating or context.num_replicas_in_sync == 1:
         return value

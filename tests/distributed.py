@@ -1,0 +1,106 @@
+"""A few training steps on some devices: `python -m tests.distributed OUT JSON`.
+
+JSON: `local`, the virtual devices of this process, and `runs`, the arguments of
+`train` by name; OUT gets each run's weights and logs.
+"""
+
+import json
+import os
+import random
+import sys
+
+SETTINGS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={SETTINGS.get('local', 2)}"
+
+import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
+import keras
+import numpy as np
+
+from tests.conftest import net
+from tvkeras import backends, data
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+DEFENSES = {
+    "tv_lip": lambda: tvkeras.TVLipschitz(lipschitz_weight=0.5, fd_step=0.1),
+    "double_backprop": lambda: tvkeras.TVLipschitz(lipschitz_weight=0.5, method="double_backprop"),
+    "central": lambda: tvkeras.TVLipschitz(lipschitz_weight=0.5, fd_step=0.1, scheme="central"),
+    "fraction": lambda: tvkeras.TVLipschitz(fd_step=0.1, penalty_fraction=0.5),
+    "pgd": lambda: tvkeras.AdversarialTraining(norm="l2", epsilon=0.5, random_start=False),
+}
+
+
+def train(
+    *,
+    devices="all",
+    defense="tv_lip",
+    dtype="float64",
+    steps=4,
+    epochs=2,
+    batch_norm=False,
+    dropout=0.0,
+    optimizer=None,
+    compile_arguments=None,
+):
+    """Weights, statistics and logs after `steps` steps of 16 images."""
+    rng = np.random.default_rng(0)
+    examples = data.Examples(
+        name="random",
+        split="train",
+        images=rng.integers(0, 256, (16 * steps, 6, 6, 2)).astype("uint8"),
+        labels=rng.integers(0, 4, 16 * steps),
+        num_classes=4,
+        checksum="",
+    )
+    with backends.spread(devices) as spread:
+        random.seed(0)
+        classifier = net(dtype=dtype, batch_norm=batch_norm, dropout=dropout)
+        rng = np.random.default_rng(1)
+        classifier.set_weights(
+            [w + rng.normal(size=w.shape, scale=0.1) ** 2 for w in classifier.get_weights()]
+        )
+        robust = tvkeras.RobustClassifier(classifier, DEFENSES[defense](), dtype=classifier.dtype)
+        robust.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9, **(optimizer or {})),
+            metrics=["accuracy"],
+            **(compile_arguments or {}),
+        )
+        validation = data.Batches(examples.take(np.arange(13), "few"), 8, devices=spread)
+        history = robust.fit(
+            data.Batches(examples, 16, seed=0, devices=spread),
+            epochs=epochs,
+            validation_data=validation,
+            shuffle=False,
+            verbose=0,
+        ).history
+        weights = robust.classifier.get_weights()
+    return weights, history
+
+
+def drawn(devices="all"):
+    """One random number of each TensorFlow replica, whose seeds' states are equal."""
+    with backends.spread(devices):
+        strategy = tf.distribute.get_strategy()
+
+        def draw():
+            context = tf.distribute.get_replica_context()
+            state = backends.tensorflow.own_seed(tf.constant([5, 0], tf.int64), context)
+            return tf.random.stateless_uniform((1,), state)
+
+        values = strategy.experimental_local_results(strategy.run(draw))
+    return [np.concatenate([value.numpy() for value in values])], {}
+
+
+if __name__ == "__main__":
+    results = {}
+    for name, arguments in SETTINGS["runs"].items():
+        weights, history = drawn() if name == "drawn" else train(**arguments)
+        results |= {f"{name}/{index}": array for index, array in enumerate(weights)}
+        results |= {f"{name}/{key}": values for key, values in history.items()}
+    np.savez(sys.argv[1], **results)

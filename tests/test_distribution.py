@@ -1,0 +1,152 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import BACKEND, ROOT
+from tvkeras import backends
+
+CASES = {
+    "tv_lip": {},
+    "clipped": {"optimizer": {"global_clipnorm": 0.05}},
+    "clipped by value": {"optimizer": {"clipvalue": 0.002}},
+    "averaged": {"optimizer": {"use_ema": True}},
+    "double backprop": {"defense": "double_backprop"},
+    "adversarial training": {"defense": "pgd"},
+    "central": {"defense": "central"},
+}
+# One array over all devices: these are exact under JAX, and replicas differ in them by design.
+GLOBAL_CASES = {
+    "batch norm and dropout": {"batch_norm": True, "dropout": 0.3},
+    "penalty fraction": {"defense": "fraction"},
+    "several steps": {"compile_arguments": {"steps_per_execution": 2, "jit_compile": True}},
+}
+if BACKEND == "jax":  # where compiling is slow, and one path serves all
+    CASES = {name: CASES[name] for name in ("tv_lip", "clipped")} | GLOBAL_CASES
+
+
+def run(out, runs, local=2, **environment):
+    settings = json.dumps({"local": local, "runs": runs})
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed", str(out), settings],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results(process, out):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found = {}
+    with np.load(out) as archive:
+        for name in archive.files:
+            case, key = name.split("/")
+            found.setdefault(case, {})[key] = archive[name]
+    return found
+
+
+def assert_equal_runs(found, expected, rtol=1e-9):
+    for key, array in expected.items():
+        if not key.startswith("val_"):  # the last image that does not divide is left out
+            tolerance = 1e-5 if key.isalpha() or "_" in key else rtol
+            scale = np.abs(array).max()
+            np.testing.assert_allclose(found[key], array, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    """Every case on one and on two virtual devices."""
+    out = tmp_path_factory.mktemp("devices") / "out.npz"
+    one = {f"{name} on one": {**case, "devices": 1} for name, case in CASES.items()}
+    two = {f"{name} on two": case for name, case in CASES.items()}
+    more = {}
+    if BACKEND == "tensorflow":
+        statistics = {"batch_norm": True, "steps": 1, "epochs": 1, "dtype": "float32"}
+        more = {"drawn": {}, "statistics on one": {**statistics, "devices": 1}}
+        more["statistics on two"] = statistics
+    return results(run(out, {**one, **two, **more}), out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_train_as_one(case, devices):
+    assert_equal_runs(devices[f"{case} on two"], devices[f"{case} on one"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="replicas are TensorFlow's")
+def test_replicas_average_batch_norm_s_statistics_and_draw_their_own_numbers(devices):
+    first, second = devices["drawn"]["0"]
+    assert first != second
+    one, two = devices["statistics on one"], devices["statistics on two"]
+    mean, variance = "4", "5"  # of the non-trainable weights, in Keras's order
+    assert_equal_runs({"m": two[mean]}, {"m": one[mean]}, rtol=1e-5)
+    assert np.all(two[variance] <= one[variance])  # within halves of the batch
+    assert np.any(two[variance] < one[variance])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX has no such limits")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compile_arguments": {"jit_compile": True}}, "jit_compile must be False"),
+        ({"compile_arguments": {"steps_per_execution": 2}}, "steps_per_execution must be 1"),
+        ({"optimizer": {"use_ema": True, "ema_overwrite_frequency": 2}}, "ema_overwrite_frequency"),
+    ],
+)
+def test_what_mirrored_training_cannot_do_is_refused(arguments, message, tmp_path):
+    process = run(tmp_path / "out.npz", {"refused": arguments})
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert message in errors
+    assert "KERAS_BACKEND=jax" in errors
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_jax(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "KERAS_BACKEND": "jax",
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+    }
+    cases = {"tv_lip": {}, "batch norm": {"batch_norm": True}}
+    together = [
+        run(
+            tmp_path / f"{index}.npz",
+            cases,
+            local=1,
+            **environment,
+            KERAS_DISTRIBUTION_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    both = [results(process, tmp_path / f"{i}.npz") for i, process in enumerate(together)]
+    alone = run(tmp_path / "alone.npz", cases, local=1, KERAS_BACKEND="jax")
+    expected = results(alone, tmp_path / "alone.npz")
+    for case in cases:
+        for found in both:
+            assert_equal_runs(found[case], expected[case])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TF_CONFIG is TensorFlow's")
+def test_several_tensorflow_workers_are_refused(monkeypatch):
+    cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    with pytest.raises(ValueError, match=r"2 workers.*KERAS_BACKEND=jax"), backends.spread(1):
+        pass
+
+
+def test_more_devices_than_there_are_is_refused():
+    message = "devices must be 'all' or at most"
+    with pytest.raises(ValueError, match=message), backends.spread(1000):
+        pass

@@ -1,0 +1,54 @@
+import gc
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import tvkeras
+from tvkeras.recorder import Recorder
+
+EPOCHS, STEPS = 10, 1000
+
+
+def resident_mib():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+def test_ten_thousand_steps_neither_retrace_nor_grow(tmp_path, monkeypatch, digits):
+    traced, objects, memory = [], [], []
+    update = tvkeras.TVLipschitz.update
+
+    def counted(self, batch):
+        traced.append(1)
+        return update(self, batch)
+
+    class Census(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+            memory.append(resident_mib())
+
+    monkeypatch.setattr(tvkeras.TVLipschitz, "update", counted)
+    train = digits[0].take(np.arange(STEPS), "few")
+    robust = tvkeras.RobustClassifier(
+        tvkeras.models.build("small_cnn", 10, width=2),
+        tvkeras.TVLipschitz(lipschitz_weight=0.1, fd_step=0.1),
+        augmentation=tvkeras.data.Augmentation(crop=1, cutout=2),
+    )
+    robust.compile(keras.optimizers.SGD(1e-3), metrics=["accuracy"])
+    robust.fit(
+        tvkeras.data.Batches(train, 1, seed=0),
+        validation_data=tvkeras.data.Batches(train, 100),
+        epochs=EPOCHS,
+        callbacks=[Recorder(tmp_path, checkpoint_steps=500), Census()],
+        shuffle=False,
+        verbose=0,
+    )
+    assert int(robust.optimizer.iterations) == EPOCHS * STEPS
+    assert len(traced) == 1
+    assert objects[-1] - objects[1] < 100 * EPOCHS  # a leak of one a step would be 8,000
+    assert memory[-1] - memory[1] < 30

@@ -42,12 +42,12 @@ def test_the_model_statistic_is_the_largest_row_of_the_jacobian():
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_false_positive_rate_holds_on_other_images(statistic):
-    classifier = net(dtype="float32")
+    model = attacks.AttackedClassifier(net(dtype="float32"))
     images = np.random.default_rng(0).random((2400, 6, 6, 2)).astype("float32")
     for rate in (0.01, 0.05, 0.2):
-        detector = GradientNormDetector.fit(classifier, images[:1200], rate, statistic=statistic)
-        assert detector.detects(classifier, images[:1200]).sum() == int(rate * 1201)
-        found = detector.detects(classifier, images[1200:]).mean()
+        detector = GradientNormDetector.fit(model, images[:1200], rate, statistic=statistic)
+        assert detector.detects(model, images[:1200]).sum() == int(rate * 1201)
+        found = detector.detects(model, images[1200:]).mean()
         assert abs(found - rate) <= 4 * np.sqrt(2 * rate * (1 - rate) / 1200)
         assert (
             GradientNormDetector(**json.loads(json.dumps(dataclasses.asdict(detector)))) == detector
@@ -55,11 +55,12 @@ def test_the_false_positive_rate_holds_on_other_images(statistic):
 
 
 def test_images_of_large_gradient_are_detected():
-    model, _, _, w = linear()
+    classifier, _, _, w = linear()
+    model = attacks.AttackedClassifier(classifier)
     w = w.reshape(4, 4, 1)
     sides = np.linspace(-0.5, 0.5, 101)[:, None, None, None]
     images = (0.5 + sides * np.sign(w)).astype("float32")  # across the boundary
-    margin = np.abs(np.diff(model.predict(images, verbose=0), axis=1)[:, 0])
+    margin = np.abs(np.diff(model.logits(images), axis=1)[:, 0])
     for statistic in STATISTICS:
         detector = GradientNormDetector.fit(model, images, 0.3, statistic=statistic)
         caught = detector.detects(model, images)

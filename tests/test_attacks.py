@@ -26,6 +26,13 @@ NATIVE = [
         attacks.ProjectedGradient(norm=norm, steps=5, random_start=True, restarts=2)
         for norm in norms.DUALS
     ),
+    attacks.DecoupledDirectionNorm(steps=20),
+    *(attacks.FastMinimumNorm(norm=norm, steps=20) for norm in norms.DUALS),
+    attacks.CarliniWagner(steps=20, weights=3, initial_weight=0.1),
+    *(  # a threshold that asks nothing
+        attacks.EvasiveCarliniWagner(steps=5, weights=2, threshold=1e3, statistic=statistic)
+        for statistic in ("loss", "model")
+    ),
 ]
 
 

@@ -76,6 +76,17 @@ def test_projection_is_inside_and_moves_nothing_that_was_inside(norm, epsilon):
     np.testing.assert_array_equal(inside[kept], flat(x)[kept])
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_takes_a_radius_for_each_example(norm):
+    x = np.random.default_rng(0).normal(size=(3, 3, 3, 1)).astype("float32")
+    radii = np.array([0.0, 0.3, 100.0], "float32")
+    together = flat(norms.project(keras.ops.convert_to_tensor(x), norm, radii))
+    for number, radius in enumerate(radii):
+        one = keras.ops.convert_to_tensor(x[number : number + 1])
+        alone = flat(norms.project(one, norm, float(radius)))
+        np.testing.assert_allclose(together[number : number + 1], alone, rtol=1e-6)
+
+
 def test_l1_projection_is_the_nearest_point():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 2, 2, 1)).astype("float32")

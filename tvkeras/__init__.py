@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvkeras import attacks, data, evaluation, models, norms
+    from tvkeras import attacks, data, detection, evaluation, models, norms
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
 
@@ -26,7 +26,7 @@ _HOMES = {
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
 }
-_MODULES = ("attacks", "data", "evaluation", "models", "norms")
+_MODULES = ("attacks", "data", "detection", "evaluation", "models", "norms")
 
 __all__ = [
     "TRADES",
@@ -37,6 +37,7 @@ __all__ = [
     "Undefended",
     "attacks",
     "data",
+    "detection",
     "evaluation",
     "models",
     "norms",

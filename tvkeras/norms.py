@@ -76,27 +76,30 @@ def steepest_direction(g: Tensor, norm: str) -> Tensor:
     return _shaped(d, g)
 
 
-def project(perturbation: Tensor, norm: str, epsilon: float) -> Tensor:
+def project(perturbation: Tensor, norm: str, epsilon: Any) -> Tensor:
     """Nearest point (in l2) of the `norm` ball of radius `epsilon`, same shape.
+
+    `epsilon` is a number, or a tensor of shape `(batch,)`: a radius for each example.
 
     Reference for l1: Duchi et al. (2008), Efficient projections onto the l1-ball.
     """
     checks.one_of("norm", norm, DUALS)
-    if norm == "linf":
-        return ops.clip(perturbation, -epsilon, epsilon)
-    size = length(perturbation, norm)
     flat = _flat(perturbation)
-    if norm == "l2":
-        inside = flat * ops.minimum(1.0, epsilon / ops.maximum(size, 1e-30))[:, None]
+    radius = ops.reshape(ops.cast(epsilon, flat.dtype), (-1, 1))
+    if norm == "linf":
+        inside = ops.clip(flat, -radius, radius)
+    elif norm == "l2":
+        size = length(perturbation, norm)[:, None]
+        inside = flat * ops.minimum(1.0, radius / ops.maximum(size, 1e-30))
     else:
         magnitude = ops.abs(flat)
         descending = -ops.sort(-magnitude, axis=1)
         count = ops.cast(ops.arange(1, flat.shape[1] + 1), flat.dtype)
-        threshold = (ops.cumsum(descending, axis=1) - epsilon) / count
+        threshold = (ops.cumsum(descending, axis=1) - radius) / count
         support = ops.sum(ops.cast(descending > threshold, "int32"), axis=1, keepdims=True)
         cut = ops.take_along_axis(threshold, ops.maximum(support - 1, 0), axis=1)
         shrunk = ops.sign(flat) * ops.maximum(magnitude - cut, 0.0)
-        inside = ops.where((size <= epsilon)[:, None], flat, shrunk)
+        inside = ops.where(length(perturbation, norm)[:, None] <= radius, flat, shrunk)
     return _shaped(inside, perturbation)
 
 

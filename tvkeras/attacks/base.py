@@ -200,7 +200,7 @@ class Attack:
             batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
 
             def attack(rows: np.ndarray = rows, seed: int = batch_seed) -> dict[str, np.ndarray]:
-                return self._batch(model, _as_float(images[rows]), labels[rows], radius, seed)
+                return self._batch(model, as_float(images[rows]), labels[rows], radius, seed)
 
             if folder is None:
                 part = attack()
@@ -249,6 +249,21 @@ class Attack:
         """
         raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
 
+    def fools(
+        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        """Which images are a success: misclassified, and what else a subclass demands.
+
+        Args:
+            model: The attacked classifier.
+            images: One batch in [0, 1].
+            labels: True classes, shape `(batch,)`.
+
+        Returns:
+            Booleans, shape `(batch,)`.
+        """
+        return model.logits(images).argmax(axis=1) != labels
+
     def _batch(
         self,
         model: AttackedClassifier,
@@ -258,10 +273,10 @@ class Attack:
         seed: int,
     ) -> dict[str, np.ndarray]:
         """One batch's `AttackResult`: nothing counts that the classifier does not confirm."""
-        wrong = model.logits(images).argmax(axis=1) != labels
+        wrong = self.fools(model, images, labels)
         x_adv, queries = self.search(model, images, labels, epsilon, seed)
         distance = ops.convert_to_numpy(norms.length(x_adv - images, self.norm))
-        found = model.logits(x_adv).argmax(axis=1) != labels
+        found = self.fools(model, x_adv, labels)
         found &= (x_adv >= 0).all(axis=(1, 2, 3)) & (x_adv <= 1).all(axis=(1, 2, 3))
         if epsilon is not None:
             rounding = 1e-7 * images[0].size  # of the norm, in float32
@@ -288,6 +303,27 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
 
 
+def example_margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the label less the largest other one, shape `(batch,)`."""
+    is_label = ops.one_hot(labels, logits.shape[-1]) > 0
+    of_label = ops.sum(ops.where(is_label, logits, 0.0), axis=-1)
+    return of_label - ops.max(ops.where(is_label, -np.inf, logits), axis=-1)
+
+
+def clearance(logits: Tensor) -> Tensor:
+    """The margin that rounding cannot bridge, shape `(batch,)`: 1e-5 of the largest logit.
+
+    The classifier that confirms a success is compiled apart from the attack, and may
+    round a smaller margin the other way.
+    """
+    return 1e-5 * ops.max(ops.absolute(logits), axis=-1)
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether another logit is clearly larger than the label's, shape `(batch,)`."""
+    return example_margins(logits, labels) < -clearance(logits)
+
+
 def input_gradient(
     logits: Logits, images: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,7 +348,8 @@ def input_gradient(
     return losses, outputs, gradient
 
 
-def _as_float(images: np.ndarray) -> np.ndarray:
+def as_float(images: np.ndarray) -> np.ndarray:
+    """Images as float32: uint8 pixels over 255, others as they are."""
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 255
     return images.astype(np.float32)

@@ -1,0 +1,190 @@
+"""Detects attacked images by the size of the classifier's derivative there."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from tvkeras import checks, norms
+from tvkeras.attacks import AttackedClassifier, EvasiveCarliniWagner
+from tvkeras.attacks.base import as_float
+from tvkeras.attacks.statistics import STATISTICS, measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientNormDetector:
+    """Rejects an image whose gradient norm reaches a threshold.
+
+    The gradient is that of the loss at the *predicted* label ("loss",
+    ||grad_x l(x, k)||_*), or the largest row of the Jacobian of the probabilities
+    ("model", max_k ||grad_x p_k(x)||_*; for norm="l2" it is ||grad f||_{2,inf}).
+    `dataclasses.asdict` gives a configuration that JSON can hold.
+
+    Attributes:
+        norm: Threat norm, whose dual measures the gradients.
+        statistic: "loss" or "model".
+        threshold: The smallest size that is rejected.
+
+    Raises:
+        ValueError: For an illegal argument.
+
+    Example:
+        detector = GradientNormDetector.fit(classifier, held_out_images)
+        detector.detects(classifier, images)
+
+    Reference: Finlay et al. (2019), arXiv:1808.09540.
+    """
+
+    norm: str
+    statistic: str
+    threshold: float
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.one_of("norm", self.norm, norms.DUALS)
+        checks.one_of("statistic", self.statistic, STATISTICS)
+        checks.number("threshold", self.threshold, minimum=0.0, exclusive=True)
+
+    @classmethod
+    def fit(
+        cls,
+        classifier: keras.Model | AttackedClassifier,
+        clean_images: np.ndarray,
+        false_positive_rate: float = 0.05,
+        *,
+        norm: str = "l2",
+        statistic: str = "loss",
+        batch_size: int = 250,
+    ) -> "GradientNormDetector":
+        """The detector that rejects a given share of clean images.
+
+        The threshold is the j-th largest of the n clean scores,
+        j = floor(false_positive_rate (n + 1)): another clean image reaches it with
+        probability j / (n + 1), over the draw of all, where scores do not tie.
+
+        Args:
+            classifier: Maps images in [0, 1] to logits.
+            clean_images: Images that neither trained the classifier nor will test it.
+            false_positive_rate: Share of clean images to reject, in (0, 1).
+            norm: Threat norm, whose dual measures the gradients.
+            statistic: "loss" or "model".
+            batch_size: Images in a batch, at most.
+
+        Raises:
+            ValueError: For an illegal argument, or too few images for that rate.
+        """
+        rate = checks.number("false_positive_rate", false_positive_rate, minimum=0.0, maximum=1.0)
+        rank = int(rate * (len(clean_images) + 1))
+        if not 1 <= rank <= len(clean_images):
+            raise ValueError(
+                "false_positive_rate (n + 1) must lie between 1 and n for n clean images, got "
+                f"false_positive_rate={rate} and n={len(clean_images)}. Use more images."
+            )
+        scores = gradient_norms(classifier, clean_images, norm, statistic, batch_size)
+        threshold = float(np.sort(scores)[-rank])
+        return cls(norm=norm, statistic=statistic, threshold=threshold)
+
+    def scores(
+        self,
+        classifier: keras.Model | AttackedClassifier,
+        images: np.ndarray,
+        batch_size: int = 250,
+    ) -> np.ndarray:
+        """The size of each image's gradient, shape `(count,)`: see `gradient_norms`."""
+        return gradient_norms(classifier, images, self.norm, self.statistic, batch_size)
+
+    def detects(
+        self,
+        classifier: keras.Model | AttackedClassifier,
+        images: np.ndarray,
+        batch_size: int = 250,
+    ) -> np.ndarray:
+        """Which images are rejected: booleans, shape `(count,)`. A lost gradient is."""
+        return ~(self.scores(classifier, images, batch_size) < self.threshold)
+
+    def adaptive_attack(self, **settings: Any) -> EvasiveCarliniWagner:
+        """The attack that looks for misclassified images which this detector misses.
+
+        Args:
+            **settings: Those of `CarliniWagner`.
+        """
+        return EvasiveCarliniWagner(
+            threshold=self.threshold,
+            statistic=self.statistic,
+            detector_norm=self.norm,
+            **settings,
+        )
+
+
+def gradient_norms(
+    classifier: keras.Model | AttackedClassifier,
+    images: np.ndarray,
+    norm: str,
+    statistic: str,
+    batch_size: int = 250,
+) -> np.ndarray:
+    """Size of the classifier's derivative at each image, in batches of one shape.
+
+    Args:
+        classifier: Maps images in [0, 1] to logits.
+        images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
+        norm: Threat norm, whose dual measures the gradients.
+        statistic: "loss" or "model".
+        batch_size: Images in a batch, at most.
+
+    Returns:
+        float32, shape `(count,)`.
+    """
+    checks.whole_number("batch_size", batch_size, minimum=1)
+    model = classifier
+    if not isinstance(model, AttackedClassifier):
+        model = AttackedClassifier(model)
+    count = len(images)
+    size = -(-count // -(-count // batch_size))  # nearly equal batches
+    parts = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)  # one shape
+        sizes = measured(model, as_float(images[rows]), norm, statistic)
+        parts.append(sizes[: count - start])
+    return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ROC:
+    """What a threshold costs and gains, for every threshold.
+
+    Attributes:
+        false_positive_rate: Share of clean images rejected, rising from 0 to 1.
+        true_positive_rate: Share of attacked images rejected.
+        threshold: The smallest score rejected, falling from inf.
+    """
+
+    false_positive_rate: np.ndarray
+    true_positive_rate: np.ndarray
+    threshold: np.ndarray
+
+    def true_positive_rate_at(self, false_positive_rate: float) -> float:
+        """Share of attacked images rejected by the best threshold within that rate."""
+        allowed = self.false_positive_rate <= false_positive_rate
+        return float(self.true_positive_rate[allowed].max())
+
+
+def roc(clean_scores: np.ndarray, attacked_scores: np.ndarray) -> ROC:
+    """The receiver operating characteristic of scores that should be larger under attack.
+
+    Args:
+        clean_scores: Scores of clean images, shape `(count,)`.
+        attacked_scores: Scores of attacked images; leave out attacks that failed.
+    """
+    attacked = np.repeat([False, True], [len(clean_scores), len(attacked_scores)])
+    scores = np.concatenate([clean_scores, attacked_scores])
+    false_positives, true_positives, thresholds = roc_curve(
+        attacked, scores, drop_intermediate=False
+    )
+    return ROC(
+        false_positive_rate=false_positives,
+        true_positive_rate=true_positives,
+        threshold=thresholds,
+    )

@@ -17,8 +17,10 @@ import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 
-from tests.conftest import net
-from tvkeras import backends, data
+from tests.conftest import net, prepared
+from tests.resumable import ending, kill
+from tvkeras import backends, config, data, recorder
+from tvkeras import train as tvkeras_train
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -97,10 +99,37 @@ def drawn(devices="all"):
     return [np.concatenate([value.numpy() for value in values])], {}
 
 
+def imagenet(run_dir, builder_dir, kill_at=None):
+    """`gin/imagenet_tv.gin` on a few small images, streamed, until a kill."""
+    builder = prepared(builder_dir, range(40, 60))
+    data.arrays.prepared_builder = lambda name, download=False: builder
+    if kill_at is not None:
+        end = ending("step", kill_at, kill)
+        recorder.Recorder.on_train_batch_begin = lambda *_, **__: end("step")
+    configured = config.configurable(tvkeras_train.train)
+    settings = {
+        "model": "'small_cnn'",
+        "model_arguments": "{'width': 4, 'activation': 'softplus'}",
+        "image_size": 8,
+        "batch_size": 16,
+        "epochs": 2,
+        "validation_fraction": 0.05,
+        "attacked_images": 10,
+        "checkpoint_steps": 1,
+        "devices": "'all'",
+    }
+    bindings = [f"train.{name}={value}" for name, value in settings.items()]
+    config.bind(["gin/imagenet_tv.gin"], bindings)
+    configured(run_dir=run_dir)
+    return [], {}
+
+
+RUNS = {"drawn": drawn, "imagenet": imagenet}
+
 if __name__ == "__main__":
     results = {}
     for name, arguments in SETTINGS["runs"].items():
-        weights, history = drawn() if name == "drawn" else train(**arguments)
+        weights, history = RUNS.get(name, train)(**arguments)
         results |= {f"{name}/{index}": array for index, array in enumerate(weights)}
         results |= {f"{name}/{key}": values for key, values in history.items()}
     np.savez(sys.argv[1], **results)

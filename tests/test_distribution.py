@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BACKEND, ROOT
-from tvkeras import backends
+from tvkeras import backends, checkpoint
 
 CASES = {
     "tv_lip": {},
@@ -136,6 +136,27 @@ def test_two_processes_train_as_one_on_jax(tmp_path):
     for case in cases:
         for found in both:
             assert_equal_runs(found[case], expected[case], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_streamed_run_on_two_devices_resumes_inside_an_epoch(tmp_path):
+    def train(name, **end):
+        arguments = {"run_dir": str(tmp_path / name), "builder_dir": str(tmp_path / "tfds"), **end}
+        process = run(tmp_path / "out.npz", {"imagenet": arguments})
+        return process.communicate()[1], process.returncode
+
+    for arguments, code in (({}, 0), ({"kill_at": 2}, -9), ({"kill_at": 4}, -9), ({}, 0)):
+        name = "whole" if not (tmp_path / "whole").exists() else "killed"
+        errors, found = train(name, **arguments)
+        assert found == code, errors
+    one, other = (
+        checkpoint.load(tmp_path / n / "checkpoints" / "last") for n in ("whole", "killed")
+    )
+    assert (tmp_path / "whole" / "log.csv").read_text() == (
+        tmp_path / "killed" / "log.csv"
+    ).read_text()
+    for name, array in one[0].items():
+        np.testing.assert_array_equal(other[0][name], array, err_msg=name)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TF_CONFIG is TensorFlow's")

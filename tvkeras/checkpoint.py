@@ -114,7 +114,7 @@ def write_atomically(
 def values(variables: list[keras.Variable]) -> dict[str, np.ndarray]:
     """Variables as arrays, named by position and path."""
     return {
-        name: keras.ops.convert_to_numpy(variable.value)
+        name: keras.ops.convert_to_numpy(variable)
         for name, variable in zip(_names(variables), variables, strict=True)
     }
 

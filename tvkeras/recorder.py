@@ -202,7 +202,7 @@ class Recorder(keras.callbacks.Callback):
             "seconds": self.seconds,
             "writing_seconds": self.writing_seconds,
             "log": self._rows,
-            "metrics": [keras.ops.convert_to_numpy(value.value).tolist() for value in metrics],
+            "metrics": [keras.ops.convert_to_numpy(variable).tolist() for variable in metrics],
         }
         with self._writing():
             arrays = checkpoint.values(_variables(self.model))

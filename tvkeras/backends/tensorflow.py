@@ -90,7 +90,12 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     )
     gradients = update.gradients
     if replicas > 1:
-        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, list(gradients))
+        # The same numbers on all replicas: their metrics then survive a checkpoint exactly.
+        gradients, loss, penalties = context.all_reduce(
+            tf.distribute.ReduceOp.MEAN,
+            (list(gradients), update.loss, dict(update.penalties)),
+        )
+        update = update._replace(loss=loss, penalties=penalties)
         gradients = [g / replicas for g in _clipped(gradients, model.optimizer)]  # Keras sums them
         new_state = [
             context.all_reduce(tf.distribute.ReduceOp.MEAN, new)

@@ -17,6 +17,10 @@ _HOMES = {
     "CleverHansMIM": "cleverhans",
     "CleverHansPGD": "cleverhans",
     "CleverHansSPSA": "cleverhans",
+    "FoolboxBoundary": "foolbox",
+    "FoolboxDDN": "foolbox",
+    "FoolboxDeepFool": "foolbox",
+    "FoolboxHopSkipJump": "foolbox",
 }
 
 __all__ = ["Attack", "AttackResult", "AttackedClassifier", "ProjectedGradient"]

@@ -281,8 +281,14 @@ def convolution_norm(kernel: np.ndarray, groups: int = 1) -> float:
 
 
 def _spectral_norm(matrices: np.ndarray) -> float:
-    """Largest singular value of all, rounded up by far more than float64's error."""
-    return float(np.linalg.norm(matrices, 2, axis=(-2, -1)).max() * (1 + 1e-9))
+    """Largest singular value of all, rounded up by far more than float64's error.
+
+    It is the root of the Gram matrix's largest eigenvalue, faster than by an SVD.
+    """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        matrices = matrices.swapaxes(-1, -2)
+    gram = matrices @ matrices.conj().swapaxes(-1, -2)
+    return math.sqrt(max(np.linalg.eigvalsh(gram).max(), 0.0)) * (1 + 1e-9)
 
 
 def _attacked(classifier: keras.Model | AttackedClassifier) -> AttackedClassifier:

@@ -1,4 +1,11 @@
-"""Attacks on classifiers, compiled, on every backend."""
+"""Attacks on classifiers, compiled, on every backend.
+
+Those of CleverHans and Foolbox attack TensorFlow models; their names are imported on
+first use.
+"""
+
+import importlib
+from typing import Any
 
 from tvkeras.attacks.base import Attack, AttackedClassifier, AttackResult
 from tvkeras.attacks.carlini_wagner import CarliniWagner, EvasiveCarliniWagner
@@ -16,3 +23,27 @@ __all__ = [
     "FastMinimumNorm",
     "ProjectedGradient",
 ]
+
+_HOMES = {
+    "CleverHansBIM": "cleverhans",
+    "CleverHansCW": "cleverhans",
+    "CleverHansFGSM": "cleverhans",
+    "CleverHansMIM": "cleverhans",
+    "CleverHansPGD": "cleverhans",
+    "CleverHansSPSA": "cleverhans",
+    "FoolboxBoundary": "foolbox",
+    "FoolboxDDN": "foolbox",
+    "FoolboxDeepFool": "foolbox",
+    "FoolboxHopSkipJump": "foolbox",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"tvkeras.attacks.{_HOMES[name]}"), name)
+    legal = sorted([*__all__, *_HOMES])
+    raise AttributeError(f"module 'tvkeras.attacks' has no attribute {name!r}; it has {legal}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_HOMES])

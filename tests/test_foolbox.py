@@ -1,0 +1,169 @@
+import sys
+
+import pytest
+
+from tests.conftest import BACKEND
+
+if BACKEND != "tensorflow":
+    pytest.skip("Foolbox attacks TensorFlow models", allow_module_level=True)
+
+pytest.importorskip("foolbox")
+
+import eagerpy
+import foolbox
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tests import test_attacks
+from tests.test_attacks import linear, separating  # noqa: F401
+from tvkeras import attacks
+
+QUICK = [
+    attacks.FoolboxDDN(steps=30),
+    attacks.FoolboxDeepFool(norm="l2", steps=20),
+    attacks.FoolboxDeepFool(norm="linf", steps=20),
+    attacks.FoolboxBoundary(steps=40),
+    attacks.FoolboxHopSkipJump(norm="l2", steps=1, initial_samples=5),
+    attacks.FoolboxHopSkipJump(norm="linf", steps=1, initial_samples=5),
+]
+
+
+@pytest.mark.parametrize("attack", QUICK, ids=str)
+def test_what_an_attack_reports_is_so(attack, separating):  # noqa: F811
+    test_attacks.test_what_an_attack_reports_is_so(attack, separating)
+
+
+def test_every_example_of_a_separable_set_is_broken(separating):  # noqa: F811
+    classifier, images, labels = separating
+    model = attacks.AttackedClassifier(classifier)
+    for attack in QUICK[:4]:
+        assert attack(model, images, labels).success.all()
+
+
+def test_results_are_a_function_of_the_seed(separating):  # noqa: F811
+    classifier, images, labels = separating
+    model = attacks.AttackedClassifier(classifier)
+    attack = attacks.FoolboxBoundary(steps=30)
+    one, again, other = (attack(model, images, labels, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.x_adv, again.x_adv)
+    assert np.abs(one.x_adv - other.x_adv).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("attack", "excess"),
+    [
+        (attacks.FoolboxDDN(), 0.01),
+        (attacks.FoolboxDeepFool(norm="l2"), 0.03),
+        (attacks.FoolboxDeepFool(norm="linf"), 0.03),
+        (attacks.FoolboxBoundary(steps=150), 1.0),
+        (attacks.FoolboxHopSkipJump(steps=2, initial_samples=60), 0.3),
+    ],
+    ids=str,
+)
+def test_distances_of_a_linear_classifier(attack, excess):
+    model, images, labels, w = linear()
+    images[2] += 0.02 * np.sign(w).reshape(4, 4, 1)  # another class, to start from
+    margin = 0.2 / np.linalg.norm(w, 1 if attack.norm == "linf" else 2)
+    result = attack(model, images, labels)
+    assert result.success.all()
+    assert np.all(result.distance[:2] >= 0.999 * margin)
+    assert np.all(result.distance[:2] <= (1 + excess) * margin)
+
+
+def test_queries_are_the_calls_of_the_model():
+    model, images, labels, w = linear()
+    images[2] += 0.02 * np.sign(w).reshape(4, 4, 1)
+    labels[2] = 0
+    calls = []
+
+    class Recorded(attacks.AttackedClassifier):
+        def logits(self, images):
+            calls.append(len(images))
+            return super().logits(images)
+
+    def asked(attack):
+        calls.clear()
+        queries = attack(Recorded(model), images, labels).queries
+        assert queries[2] == 0  # misclassified to begin with
+        return queries[:2]
+
+    assert asked(attacks.FoolboxDDN(steps=7)).tolist() == [7, 7]
+    assert calls.count(2) == 7
+    together = asked(attacks.FoolboxBoundary(steps=20))
+    assert together.tolist() == [1 + 20 + 2] * 2  # the start, the steps, every tenth again
+    assert calls.count(2) == 23
+    alone = asked(attacks.FoolboxHopSkipJump(steps=1, initial_samples=10))
+    assert alone.sum() == calls.count(1)
+
+
+def test_an_image_starts_from_the_nearest_one_of_another_class():
+    model, images, labels, w = linear()
+    toward = np.sign(w).reshape(1, 4, 4, 1)
+    model = attacks.AttackedClassifier(model)
+    pool = np.concatenate([images[:1] - 0.01 * toward, images[:1] + 0.3 * toward])
+    pool = np.concatenate([pool, images[:1] + 0.1 * toward]).astype("float32")
+    attack = attacks.FoolboxBoundary(steps=1, pool=pool)
+    rows, arguments = attack.prepared(model, images, labels)
+    assert rows.tolist() == [0, 1]
+    np.testing.assert_array_equal(arguments["starting_points"][:2], pool[[2, 2]])
+    assert attack(model, images, labels).success.all()
+    alone = attacks.FoolboxBoundary(steps=1)(model, images[:2], labels[:2])
+    assert not alone.success.any()  # no image of another class: no start, and no error
+    assert alone.queries.tolist() == [0, 0]
+    other = attacks.FoolboxBoundary(steps=1, pool=pool[1:])
+    assert repr(other) != repr(attack)
+    assert other != attack
+    assert attack == attacks.FoolboxBoundary(steps=1, pool=pool.copy())
+
+
+def test_upstreams_normal_is_a_unit_vector_for_one_example_alone():
+    images = eagerpy.astensor(tf.random.stateless_uniform((4, 4, 4, 1), seed=(0, 0)))
+    attack = foolbox.attacks.HopSkipJumpAttack()
+    for part in (images, images[:1]):
+        normal = attack.approximate_gradients(
+            lambda x: x.sum(axis=(1, 2, 3)) > 8.0, part, 50, eagerpy.ones(part, len(part)) * 0.1
+        )
+        assert np.linalg.norm(normal.numpy()) == pytest.approx(1, rel=1e-3)  # of all together
+
+
+@pytest.mark.parametrize("attack", QUICK[:3], ids=str)
+def test_what_the_classifier_does_not_confirm_is_no_success(attack):
+    model, images, labels, _ = linear()
+    weights, _ = model.get_weights()
+    model.set_weights([0 * weights, np.array([1.0, 0.0], "float32")])  # class 0 whatever it sees
+    result = attack(model, images, labels)
+    assert result.success.tolist() == [False, False, True]
+    np.testing.assert_array_equal(result.x_adv, images)
+
+
+def test_the_gradient_is_the_models():
+    model, images, _, w = linear()
+    counted = attacks.foolbox._Counted(attacks.AttackedClassifier(model))
+    x = tf.constant(images)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        outputs = counted(x)
+        difference = tf.reduce_sum(outputs[:, 1] - outputs[:, 0])
+    gradient = tape.gradient(difference, x)
+    np.testing.assert_allclose(gradient, np.broadcast_to(w.reshape(4, 4, 1), (3, 4, 4, 1)), 1e-5)
+    np.testing.assert_allclose(outputs, keras.ops.convert_to_numpy(model(images)), 1e-5)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "tvkeras.attacks.foolbox")
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    with pytest.raises(ImportError, match=r"pip install 'tvkeras\[foolbox\]'"):
+        _ = attacks.FoolboxDDN
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ImportError, match="set KERAS_BACKEND=tensorflow, got 'jax'"):
+        _ = attacks.FoolboxDDN
+
+
+def test_bad_arguments():
+    with pytest.raises(AttributeError, match="FoolboxDDN"):
+        _ = attacks.FoolboxL2FMN
+    with pytest.raises(ValueError, match="norm must be one of"):
+        attacks.FoolboxDDN(norm="linf")
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        attacks.FoolboxBoundary(steps=0)

@@ -1,0 +1,301 @@
+"""Foolbox 3.3.4 behind the attack protocol, on the TensorFlow backend.
+
+Foolbox is optional: `pip install "tvkeras[foolbox]"`. It runs eagerly; the model that
+it calls, and that model's gradient, are compiled. Not every attack of Foolbox is here:
+its fast minimum-norm attack divides `norms / norms` (`fast_minimum_norm.py`) and
+returns perturbations about twice too long, and Brendel & Bethge's needs numba.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+from keras import ops
+
+from tvkeras import checks
+from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, input_gradient
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "Foolbox attacks TensorFlow models here: set KERAS_BACKEND=tensorflow, got "
+        f"{keras.backend.backend()!r}. The other attacks of tvkeras.attacks run on every backend."
+    )
+
+import tensorflow as tf
+
+try:
+    import foolbox
+except ImportError as error:
+    raise ImportError(
+        "The Foolbox attacks need Foolbox, which is optional: pip install 'tvkeras[foolbox]'."
+    ) from error
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FoolboxAttack(Attack):
+    """A minimum-norm attack of Foolbox.
+
+    Images that are misclassified to begin with are not attacked. Labels are int64
+    tensors: int32 ones and NumPy arrays make Foolbox crash. Foolbox draws from
+    TensorFlow's global generator, which is therefore seeded before each batch. What it
+    returns counts only if the classifier confirms it, as with every attack.
+
+    Queries are the calls of the wrapped model with a batch that an example belongs
+    to: Foolbox goes on asking about the examples that are done. A call for a gradient
+    counts as one.
+    """
+
+    fixed_epsilon: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2",)
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.one_of("norm", self.norm, self.legal_norms)
+        checks.whole_number("steps", self.steps, minimum=1)
+
+    def search(
+        self,
+        model: AttackedClassifier,
+        images: np.ndarray,
+        labels: np.ndarray,
+        epsilon: float | None,
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Attacks the images that are classified rightly, together or one by one."""
+        tf.random.set_seed(seed)
+        rows, arguments = self.prepared(model, images, labels)
+        x_adv, queries = images.copy(), np.zeros(len(images), np.int64)
+        for part in np.split(rows, len(rows)) if self.one_by_one else [rows]:
+            if len(part):
+                counted = _Counted(model)
+                x_adv[part] = self.attack.run(
+                    foolbox.TensorFlowModel(counted, bounds=(0, 1), device="/CPU:0"),
+                    tf.constant(images[part]),
+                    foolbox.criteria.Misclassification(tf.constant(labels[part], tf.int64)),
+                    **{name: tf.constant(values[part]) for name, values in arguments.items()},
+                )
+                queries[part] = counted.calls
+        return x_adv, queries
+
+    def prepared(
+        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The rows to attack, and arguments for Foolbox, one row for each image."""
+        return np.flatnonzero(model.logits(images).argmax(axis=1) == labels), {}
+
+    @property
+    def attack(self) -> Any:
+        """Foolbox's own attack."""
+        raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoolboxDDN(_FoolboxAttack):
+    """Decoupled direction and norm.
+
+    Attributes:
+        norm: "l2".
+        steps: Gradient steps.
+        init_epsilon: Radius of the first step, in pixel units.
+        gamma: Relative change of the radius in a step.
+
+    Reference: Rony et al. (2019), arXiv:1811.09600.
+    """
+
+    steps: int = 100
+    init_epsilon: float = 1.0
+    gamma: float = 0.05
+
+    @property
+    def attack(self) -> Any:
+        """Foolbox's own attack."""
+        return foolbox.attacks.DDNAttack(
+            init_epsilon=self.init_epsilon, steps=self.steps, gamma=self.gamma
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoolboxDeepFool(_FoolboxAttack):
+    """Steps to the nearest boundary of the linearised classifier.
+
+    Attributes:
+        norm: "l2" or "linf".
+        steps: Steps, at most; each costs a gradient for every candidate.
+        candidates: Classes that are considered, the most likely ones.
+        overshoot: Relative length beyond the boundary.
+
+    Reference: Moosavi-Dezfooli et al. (2016), arXiv:1511.04599.
+    """
+
+    steps: int = 50
+    candidates: int = 10
+    overshoot: float = 0.02
+
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
+
+    @property
+    def attack(self) -> Any:
+        """Foolbox's own attack."""
+        kinds = {
+            "l2": foolbox.attacks.L2DeepFoolAttack,
+            "linf": foolbox.attacks.LinfDeepFoolAttack,
+        }
+        return kinds[self.norm](
+            steps=self.steps,
+            candidates=self.candidates,
+            overshoot=self.overshoot,
+            loss="logits",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DecisionBased(_FoolboxAttack):
+    """An attack that starts from an image of another class and uses decisions alone.
+
+    Foolbox's own search for a start raises for the whole batch where it fails for one
+    image. Here an image starts from the nearest one, in l2, of a pool that the
+    classifier puts into another class than the image's true one; where there is none,
+    the attack fails for that image alone. Classifying the pool is not counted.
+
+    Attributes:
+        pool: Images to start from, float32 in [0, 1], shape
+            `(count, height, width, channels)`; by default those of the same batch.
+        pool_digest: Computed: tells pools apart.
+    """
+
+    pool: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    pool_digest: str | None = dataclasses.field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        super().__post_init__()
+        if self.pool is not None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.pool).data).hexdigest()
+            object.__setattr__(self, "pool_digest", digest)
+
+    def prepared(
+        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The rows that have a start, and the starts."""
+        pool = images if self.pool is None else np.asarray(self.pool, np.float32)
+        parts = range(0, len(pool), len(images))
+        classes = np.concatenate(
+            [model.logits(pool[start : start + len(images)]).argmax(axis=1) for start in parts]
+        )
+        flat, pool_flat = images.reshape(len(images), -1), pool.reshape(len(pool), -1)
+        squares = np.square(pool_flat).sum(axis=1) - 2 * flat @ pool_flat.T
+        squares[labels[:, None] == classes[None]] = np.inf
+        rows, _ = super().prepared(model, images, labels)
+        nearest = squares.argmin(axis=1)
+        possible = np.isfinite(squares[rows, nearest[rows]])
+        return rows[possible], {"starting_points": pool[nearest]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoolboxBoundary(_DecisionBased):
+    """A random walk along the decision boundary towards the image.
+
+    Attributes:
+        norm: "l2".
+        pool: Images to start from; by default those of the same batch.
+        pool_digest: Computed: tells pools apart.
+        steps: Steps, at most; each costs a call, and every tenth two.
+        spherical_step: First length of the step around the image, relative.
+        source_step: First length of the step towards it, relative.
+        step_adaptation: Factor that lengthens or shortens them.
+
+    Reference: Brendel et al. (2018), arXiv:1712.04248.
+    """
+
+    steps: int = 25_000
+    spherical_step: float = 1e-2
+    source_step: float = 1e-2
+    step_adaptation: float = 1.5
+
+    @property
+    def attack(self) -> Any:
+        """Foolbox's own attack."""
+        return foolbox.attacks.BoundaryAttack(
+            init_attack=None,
+            steps=self.steps,
+            spherical_step=self.spherical_step,
+            source_step=self.source_step,
+            source_step_convergance=1e-7,
+            step_adaptation=self.step_adaptation,
+            tensorboard=False,
+            update_stats_every_k=10,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoolboxHopSkipJump(_DecisionBased):
+    """Steps along the boundary's normal, estimated from decisions.
+
+    `approximate_gradients` (`hop_skip_jump.py`) divides an example's estimate by the
+    norm of the *whole batch's*, so that each step is too short, the more so the larger
+    the batch. Here examples are attacked one by one.
+
+    Attributes:
+        norm: "l2" or "linf".
+        pool: Images to start from; by default those of the same batch.
+        pool_digest: Computed: tells pools apart.
+        steps: Steps along the boundary.
+        initial_samples: Calls for the first estimate of the normal; more in later ones.
+        max_samples: Calls for an estimate, at most.
+
+    Reference: Chen et al. (2020), arXiv:1904.02144.
+    """
+
+    steps: int = 64
+    initial_samples: int = 100
+    max_samples: int = 10_000
+
+    one_by_one: ClassVar[bool] = True
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
+
+    @property
+    def attack(self) -> Any:
+        """Foolbox's own attack."""
+        return foolbox.attacks.HopSkipJumpAttack(
+            init_attack=None,
+            steps=self.steps,
+            initial_gradient_eval_steps=self.initial_samples,
+            max_gradient_eval_steps=self.max_samples,
+            stepsize_search="geometric_progression",
+            gamma=1.0,
+            tensorboard=False,
+            constraint=self.norm,
+        )
+
+
+class _Counted:
+    """A classifier as Foolbox calls it, its gradient compiled, its calls counted."""
+
+    def __init__(self, model: AttackedClassifier) -> None:
+        self._model = model
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        outputs = tf.constant(self._model.logits(images))
+
+        @tf.custom_gradient
+        def differentiable(images: Tensor) -> tuple[Tensor, Any]:
+            def backward(weights: Tensor) -> Tensor:
+                return tf.constant(self._model.compiled("pullback", _pullback)(images, weights))
+
+            return tf.identity(outputs), backward
+
+        return differentiable(images)
+
+
+def _pullback(logits: Logits, images: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of each example's logits, weighted."""
+    return input_gradient(logits, images, lambda outputs: ops.sum(outputs * weights, axis=1))[2]

@@ -26,6 +26,16 @@ NATIVE = [
         attacks.ProjectedGradient(norm=norm, steps=5, random_start=True, restarts=2)
         for norm in norms.DUALS
     ),
+    *(
+        attack
+        for norm in ("l2", "linf")
+        for attack in (
+            attacks.AutoPGD(norm=norm, steps=9, restarts=2),
+            attacks.AutoPGD(norm=norm, loss="targeted_dlr", steps=9, targets=2),
+            attacks.FastAdaptiveBoundary(norm=norm, steps=7),
+            attacks.Square(norm=norm, queries=30),
+        )
+    ),
 ]
 
 

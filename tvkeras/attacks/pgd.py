@@ -6,7 +6,15 @@ from typing import Any, ClassVar
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, Logits, Randomness, example_losses, input_gradient
+from tvkeras.attacks.base import (
+    Attack,
+    Logits,
+    Randomness,
+    example_losses,
+    input_gradient,
+    misclassified,
+    select,
+)
 
 Tensor = Any
 
@@ -79,9 +87,7 @@ class ProjectedGradient(Attack):
             )
 
         def again(restart: Tensor, x_adv: Tensor) -> Tensor:
-            classes = ops.cast(ops.argmax(logits(x_adv), axis=1), labels.dtype)
-            failed = ops.reshape(classes == labels, (-1, 1, 1, 1))
-            return ops.where(failed, ascend(restart), x_adv)
+            return select(misclassified(logits(x_adv), labels), x_adv, ascend(restart))
 
         x_adv = ascend(0)
         if self.restarts > 1:

@@ -235,4 +235,4 @@ def _rings(height: int, width: int) -> np.ndarray:
     tails = np.cumsum(1.0 / np.arange(max(height, width) // 2 + 1, 0, -1) ** 2)[::-1]
     rows, columns = (abs(np.arange(length) - length // 2) for length in (height, width))
     rings = tails[np.maximum(rows[:, None], columns)]
-    return rings / max(np.linalg.norm(rings), 1e-12)
+    return rings / (np.linalg.norm(rings) or 1.0)

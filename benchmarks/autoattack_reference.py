@@ -31,6 +31,7 @@ EXPERIMENTS = {
 _REFERENCE_DIR = flags.DEFINE_string("reference_dir", None, "Checkout of the published code.")
 _REFERENCE_PYTHON = flags.DEFINE_string("reference_python", sys.executable, "Python with torch.")
 _FOLDER = flags.DEFINE_string("folder", "runs/autoattack_reference", "Where the runs go.")
+_NORMS = flags.DEFINE_list("norms", ["l2", "linf"], "Threat norms.")
 _IMAGES = flags.DEFINE_integer("images", 200, "Test images.")
 
 
@@ -91,7 +92,8 @@ def main(_: list[str]) -> None:
     images, labels = test.images.astype("float32") / 255, test.labels.astype("int64")
     for file, radii in EXPERIMENTS.items():
         model = trained(file)
-        for norm, epsilon in radii.items():
+        for norm in _NORMS.value:
+            epsilon = radii[norm]
             print(f"\n{file}, {norm} {epsilon}, {len(labels)} images: robust accuracy, %")
             found, seconds = {}, {}
             for side in (ours, published):

@@ -151,8 +151,8 @@ class AutoPGD(Attack):
             state, gradient = _adapt(state, window, gradient)
             direction = norms.steepest_direction(gradient, self.norm)
             ahead = clip(state.x + by_example(state.step_size) * direction)
-            share = ops.where(state.step > 0, _MOMENTUM, 1.0)
-            x = clip(state.x + share * (ahead - state.x) + (1 - share) * (state.x - state.x_before))
+            kept = (1 - _MOMENTUM) * ops.cast(state.step > 0, images.dtype)
+            x = clip((1 - kept) * ahead + kept * (2 * state.x - state.x_before))
             return (state._replace(step=state.step + 1, x=x, x_before=state.x),)
 
         return ops.while_loop(unfinished, step, (state,))[0]

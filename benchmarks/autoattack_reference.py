@@ -12,7 +12,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 
 import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import numpy as np
@@ -95,17 +94,13 @@ def main(_: list[str]) -> None:
         for norm in _NORMS.value:
             epsilon = radii[norm]
             print(f"\n{file}, {norm} {epsilon}, {len(labels)} images: robust accuracy, %")
-            found, seconds = {}, {}
-            for side in (ours, published):
-                start = time.monotonic()
-                found[side] = side(model, images, labels, norm, epsilon)
-                seconds[side] = time.monotonic() - start
+            found, other = (
+                side(model, images, labels, norm, epsilon) for side in (ours, published)
+            )
             print(f"{'':<10}{'tvkeras':>10}{'published':>11}{'differ':>8}")
-            for name, robust in found[ours].items():
-                other = found[published][name]
-                differ = int(np.sum(robust != other))
-                print(f"{name:<10}{100 * robust.mean():10.1f}{100 * other.mean():11.1f}{differ:8}")
-            print(f"{'seconds':<10}{seconds[ours]:10.0f}{seconds[published]:11.0f}", flush=True)
+            for name, robust in found.items():
+                accuracies = f"{100 * robust.mean():10.1f}{100 * other[name].mean():11.1f}"
+                print(f"{name:<10}{accuracies}{np.sum(robust != other[name]):8}", flush=True)
 
 
 if __name__ == "__main__":

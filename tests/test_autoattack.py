@@ -1,6 +1,5 @@
 import itertools
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -154,10 +153,9 @@ def test_apgd_is_algorithm_1_on_a_handmade_function(norm):
     assert np.all(array(state.queries) == steps + 1)
 
 
-@pytest.mark.parametrize("loss", ["dlr", "targeted_dlr"])
-def test_dlr_is_not_blinded_by_large_logits(loss):
+def test_dlr_is_not_blinded_by_large_logits():
     classifier, images, labels = correct_batch()
-    attack = attacks.AutoPGD(norm="l2", loss=loss, steps=10, targets=3)
+    attack = attacks.AutoPGD(norm="l2", loss="dlr", steps=10)
     model = attacks.AttackedClassifier(classifier)
     before = attack(model, images, labels, epsilon=0.2)
     *weights, kernel, bias = classifier.get_weights()
@@ -444,14 +442,3 @@ def test_with_few_classes_the_suite_is_not_called_standard():
     assert list(members) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
     with pytest.raises(ValueError, match="AutoAttack needs an epsilon"):
         attacks.AutoAttack()(model, images, labels)
-
-
-def test_apgd_stays_in_the_ball_with_float32_rounding():
-    classifier, images, labels = correct_batch()
-    for norm in NORMS:
-        calls = []
-        perturb(attacks.AutoPGD(norm=norm, steps=8), classifier, images, labels, 0.05, calls)
-        moved = (np.stack(calls) - images).reshape(len(calls), len(images), -1)
-        sizes = np.linalg.norm(moved, ORDER[norm], axis=2)
-        assert sizes.max() <= 0.05 * (1 + 1e-5)
-        assert keras.ops.all(np.stack(calls) >= 0)

@@ -33,6 +33,16 @@ NATIVE = [
         attacks.EvasiveCarliniWagner(steps=5, weights=2, threshold=1e3, statistic=statistic)
         for statistic in ("loss", "model")
     ),
+    *(
+        attack
+        for norm in ("l2", "linf")
+        for attack in (
+            attacks.AutoPGD(norm=norm, steps=9, restarts=2),
+            attacks.AutoPGD(norm=norm, loss="targeted_dlr", steps=9, targets=2),
+            attacks.FastAdaptiveBoundary(norm=norm, steps=7),
+            attacks.Square(norm=norm, queries=30),
+        )
+    ),
 ]
 
 

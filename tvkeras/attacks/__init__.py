@@ -7,21 +7,32 @@ first use.
 import importlib
 from typing import Any
 
+from tvkeras.attacks.apgd import AutoPGD, dlr_losses, targeted_dlr_losses
+from tvkeras.attacks.autoattack import AutoAttack, AutoAttackResult
 from tvkeras.attacks.base import Attack, AttackedClassifier, AttackResult
 from tvkeras.attacks.carlini_wagner import CarliniWagner, EvasiveCarliniWagner
 from tvkeras.attacks.ddn import DecoupledDirectionNorm
+from tvkeras.attacks.fab import FastAdaptiveBoundary
 from tvkeras.attacks.fmn import FastMinimumNorm
 from tvkeras.attacks.pgd import ProjectedGradient
+from tvkeras.attacks.square import Square
 
 __all__ = [
     "Attack",
     "AttackResult",
     "AttackedClassifier",
+    "AutoAttack",
+    "AutoAttackResult",
+    "AutoPGD",
     "CarliniWagner",
     "DecoupledDirectionNorm",
     "EvasiveCarliniWagner",
+    "FastAdaptiveBoundary",
     "FastMinimumNorm",
     "ProjectedGradient",
+    "Square",
+    "dlr_losses",
+    "targeted_dlr_losses",
 ]
 
 _HOMES = {

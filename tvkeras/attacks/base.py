@@ -175,10 +175,7 @@ class Attack:
         Raises:
             ValueError: For an illegal argument, or a `resume_dir` of another attack.
         """
-        if (epsilon is not None) != self.fixed_epsilon:
-            verb = "needs an" if self.fixed_epsilon else "looks for the smallest one: omit"
-            raise ValueError(f"{type(self).__name__} {verb} epsilon, got epsilon={epsilon!r}.")
-        radius = None if epsilon is None else checks.epsilon(epsilon)
+        radius = self._radius(epsilon)
         checks.whole_number("batch_size", batch_size, minimum=1)
         labels = np.asarray(labels).astype(np.int64)
         if len(images) != len(labels) or labels.ndim != 1 or not len(labels):
@@ -264,6 +261,13 @@ class Attack:
         """
         return model.logits(images).argmax(axis=1) != labels
 
+    def _radius(self, epsilon: float | str | None) -> float | None:
+        """`epsilon` as a number, given where the attack takes one and only there."""
+        if (epsilon is not None) != self.fixed_epsilon:
+            verb = "needs an" if self.fixed_epsilon else "looks for the smallest one: omit"
+            raise ValueError(f"{type(self).__name__} {verb} epsilon, got epsilon={epsilon!r}.")
+        return None if epsilon is None else checks.epsilon(epsilon)
+
     def _batch(
         self,
         model: AttackedClassifier,
@@ -300,14 +304,20 @@ class Attack:
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each example, shape `(batch,)`."""
-    return ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    return ops.cast(losses, logits.dtype)
+
+
+def class_logits(logits: Tensor, classes: Tensor) -> Tensor:
+    """The logit of one class of each example, shape `(batch,)`."""
+    chosen = ops.one_hot(classes, logits.shape[1], dtype="bool")
+    return ops.sum(ops.where(chosen, logits, 0.0), axis=1)
 
 
 def example_margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the label less the largest other one, shape `(batch,)`."""
-    is_label = ops.one_hot(labels, logits.shape[-1]) > 0
-    of_label = ops.sum(ops.where(is_label, logits, 0.0), axis=-1)
-    return of_label - ops.max(ops.where(is_label, -np.inf, logits), axis=-1)
+    """Logit of the label less the largest of the others, shape `(batch,)`."""
+    others = ops.where(ops.one_hot(labels, logits.shape[1], dtype="bool"), -np.inf, logits)
+    return class_logits(logits, labels) - ops.max(others, axis=1)
 
 
 def clearance(logits: Tensor) -> Tensor:
@@ -322,6 +332,16 @@ def clearance(logits: Tensor) -> Tensor:
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether another logit is clearly larger than the label's, shape `(batch,)`."""
     return example_margins(logits, labels) < -clearance(logits)
+
+
+def by_example(values: Tensor) -> Tensor:
+    """Values of shape `(batch,)` as `(batch, 1, 1, 1)`, to go with images."""
+    return ops.reshape(values, (-1, 1, 1, 1))
+
+
+def select(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """The images of `one` where `mask`, shape `(batch,)`, is true, else those of `other`."""
+    return ops.where(by_example(mask), one, other)
 
 
 def input_gradient(

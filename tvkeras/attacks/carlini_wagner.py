@@ -14,6 +14,7 @@ from tvkeras.attacks.base import (
     Randomness,
     example_margins,
     misclassified,
+    select,
 )
 from tvkeras.attacks.statistics import STATISTICS, gradient_norm, measured
 
@@ -133,7 +134,7 @@ class CarliniWagner(Attack):
 
             distance = norms.length(x_adv - images, "l2")
             nearer = ops.logical_and(success, distance < best.distance)
-            best_x = ops.where(nearer[:, None, None, None], x_adv, best.x_adv)
+            best_x = select(nearer, x_adv, best.x_adv)
             best = _Best(best_x, ops.where(nearer, distance, best.distance), queries)
             return number + 1, _Descent(shift, mean, square, compared, running, found), best
 

@@ -11,9 +11,11 @@ from tvkeras.attacks.base import (
     Attack,
     Logits,
     Randomness,
+    by_example,
     example_losses,
     input_gradient,
     misclassified,
+    select,
 )
 
 Tensor = Any
@@ -66,7 +68,7 @@ class DecoupledDirectionNorm(Attack):
             wrong = misclassified(outputs, labels)
             distance = norms.length(x_adv - images, "l2")
             better = ops.logical_and(wrong, distance <= best_distance)
-            best = ops.where(better[:, None, None, None], x_adv, best)
+            best = select(better, x_adv, best)
             best_distance = ops.where(better, distance, best_distance)
 
             phase = ops.cast(number, images.dtype) * (math.pi / self.steps)
@@ -75,7 +77,7 @@ class DecoupledDirectionNorm(Attack):
             change = ops.where(wrong, 1.0 - self.radius_change, 1.0 + self.radius_change)
             radius = ops.minimum(radius * ops.cast(change, radius.dtype), farthest)
             direction = norms.steepest_direction(moved - images, "l2")
-            x_adv = ops.clip(images + radius[:, None, None, None] * direction, 0.0, 1.0)
+            x_adv = ops.clip(images + by_example(radius) * direction, 0.0, 1.0)
             return x_adv, radius, best, best_distance
 
         radius = ops.full_like(farthest, self.initial_radius)

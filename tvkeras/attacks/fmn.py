@@ -15,6 +15,7 @@ from tvkeras.attacks.base import (
     example_margins,
     input_gradient,
     misclassified,
+    select,
 )
 
 Tensor = Any
@@ -74,7 +75,7 @@ class FastMinimumNorm(Attack):
             wrong = misclassified(outputs, labels)
             distance = norms.length(x_adv - images, self.norm)
             better = ops.logical_and(wrong, distance <= best_distance)
-            best = ops.where(better[:, None, None, None], x_adv, best)
+            best = select(better, x_adv, best)
             best_distance = ops.where(better, distance, best_distance)
             found = ops.logical_or(found, wrong)
 

@@ -13,6 +13,7 @@ from tvkeras.attacks.base import (
     example_losses,
     input_gradient,
     misclassified,
+    select,
 )
 
 Tensor = Any
@@ -86,8 +87,7 @@ class ProjectedGradient(Attack):
             )
 
         def again(restart: Tensor, x_adv: Tensor) -> Tensor:
-            done = misclassified(logits(x_adv), labels)[:, None, None, None]
-            return ops.where(done, x_adv, ascend(restart))
+            return select(misclassified(logits(x_adv), labels), x_adv, ascend(restart))
 
         x_adv = ascend(0)
         if self.restarts > 1:

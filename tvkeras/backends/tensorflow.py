@@ -38,7 +38,8 @@ def value_and_gradient(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of tensors as one graph; under XLA on an accelerator, not on a CPU."""
     accelerated = bool(tf.config.list_physical_devices("GPU"))
-    return tf.function(function, jit_compile=accelerated, autograph=False, reduce_retracing=True)
+    own = functools.partial(function)  # else closures of one function count as its retracing
+    return tf.function(own, jit_compile=accelerated, autograph=False, reduce_retracing=True)
 
 
 def after(value: Tensor, dependencies: Any) -> Tensor:

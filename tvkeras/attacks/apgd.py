@@ -1,0 +1,274 @@
+"""Auto-PGD: projected gradient ascent with momentum that chooses its own step size."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from tvkeras import checks, norms
+from tvkeras.attacks.base import (
+    Attack,
+    Logits,
+    Randomness,
+    by_example,
+    class_logits,
+    example_losses,
+    example_margins,
+    input_gradient,
+    misclassified,
+    select,
+)
+
+Tensor = Any
+
+CLASSES = {"ce": 2, "dlr": 3, "targeted_dlr": 4}  # the fewest classes of each loss
+_MOMENTUM = 0.75
+_ENOUGH_INCREASES = 0.75
+
+
+class _Ascent(NamedTuple):
+    """One ascent between two gradients; by example where nothing else is said."""
+
+    step: Tensor  # scalar: gradients taken
+    x: Tensor
+    x_before: Tensor
+    loss: Tensor
+    x_best: Tensor
+    gradient_best: Tensor
+    loss_best: Tensor
+    step_size: Tensor
+    increases: Tensor  # steps since the last checkpoint that raised the loss
+    halved: Tensor  # whether the last checkpoint halved the step size
+    loss_then: Tensor  # loss_best at the last checkpoint
+    x_adv: Tensor
+    standing: Tensor  # whether every point so far was classified as the label
+    queries: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoPGD(Attack):
+    """APGD, at a fixed epsilon: an ascent that stops an example at its first success.
+
+    A step of length η goes along the steepest direction, is projected, and keeps a
+    quarter of the step before. η begins at 2 epsilon. At checkpoints (after 22, 41,
+    57, 70, 80, 87, 93 and 99 of 100 steps) it is halved, and the ascent goes on from
+    the best point, where at most three quarters of the steps since the last checkpoint
+    raised the loss, or where the best loss and η are those of the last checkpoint.
+
+    Attributes:
+        norm: Norm of the perturbation: "l2" or "linf".
+        loss: "ce", the cross-entropy; "dlr", the difference of logits ratio; or
+            "targeted_dlr", the same with respect to one class after another.
+        steps: Steps of an ascent; each takes one gradient, and so does its start.
+        restarts: Ascents from random points of the ball's surface, for each target.
+        targets: Classes that "targeted_dlr" turns to, in the order of the image's
+            logits; at most all the others.
+
+    Raises:
+        ValueError: For an illegal argument, and on a call with fewer classes than the
+            loss needs: 3 for "dlr", 4 for "targeted_dlr".
+
+    Reference: Croce & Hein (2020), arXiv:2003.01690.
+    """
+
+    loss: str = "ce"
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 9
+
+    fixed_epsilon: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        checks.one_of("norm", self.norm, ("l2", "linf"))
+        checks.one_of("loss", self.loss, CLASSES)
+        for name in ("steps", "restarts", "targets"):
+            checks.whole_number(name, getattr(self, name), minimum=1)
+
+    def perturb(
+        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
+    ) -> tuple[Tensor, Tensor]:
+        """One ascent after another, until every example has failed or all are made."""
+        clean = logits(images)
+        num_classes = clean.shape[1]
+        _check_classes(self.loss, num_classes)
+        targets = min(self.targets, num_classes - 1) if self.loss == "targeted_dlr" else 1
+        order = ops.top_k(clean, targets + 1)[1]
+
+        def unfinished(attempt: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor) -> Tensor:
+            return ops.logical_and(attempt < targets * self.restarts, ops.any(standing))
+
+        def ascend(attempt: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor) -> Any:
+            target = ops.take(order, attempt // self.restarts + 1, axis=1)
+
+            def loss(outputs: Tensor) -> Tensor:
+                if self.loss == "ce":
+                    return example_losses(outputs, labels)
+                if self.loss == "dlr":
+                    return dlr_losses(outputs, labels)
+                return targeted_dlr_losses(outputs, labels, target)
+
+            with random.at(attempt) as seed:
+                draw = keras.random.normal if self.norm == "l2" else _uniform
+                noise = draw(ops.shape(images), dtype=images.dtype, seed=seed)
+            radius = epsilon / ops.maximum(norms.length(noise, self.norm), 1e-12)
+            start = ops.clip(images + by_example(radius) * noise, 0.0, 1.0)
+            state = _start(start, x_adv, standing, queries, 2 * epsilon)
+            state = self._ascend(logits, loss, state, images, labels, epsilon)
+            return attempt + 1, state.x_adv, state.standing, state.queries
+
+        standing = ops.logical_not(misclassified(clean, labels))
+        queries = ops.ones_like(labels, dtype="int32")
+        state = (ops.zeros((), "int32"), images, standing, queries)
+        _, x_adv, _, queries = ops.while_loop(unfinished, ascend, state)
+        return x_adv, queries
+
+    def _ascend(
+        self,
+        logits: Logits,
+        loss: Callable[[Tensor], Tensor],
+        state: _Ascent,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+    ) -> _Ascent:
+        """Takes steps until all are done or no example stands."""
+        windows = ops.convert_to_tensor(_windows(self.steps))
+
+        def clip(x: Tensor) -> Tensor:
+            return ops.clip(images + norms.project(x - images, self.norm, epsilon), 0.0, 1.0)
+
+        def unfinished(state: _Ascent) -> Tensor:
+            return ops.logical_and(state.step <= self.steps, ops.any(state.standing))
+
+        def step(state: _Ascent) -> tuple[_Ascent]:
+            losses, outputs, gradient = input_gradient(logits, state.x, loss)
+            state = _record(state, misclassified(outputs, labels), losses, gradient)
+            window = ops.take(windows, state.step, axis=0)
+            state, gradient = _adapt(state, window, gradient)
+            direction = norms.steepest_direction(gradient, self.norm)
+            ahead = clip(state.x + by_example(state.step_size) * direction)
+            kept = (1 - _MOMENTUM) * ops.cast(state.step > 0, images.dtype)
+            x = clip((1 - kept) * ahead + kept * (2 * state.x - state.x_before))
+            return (state._replace(step=state.step + 1, x=x, x_before=state.x),)
+
+        return ops.while_loop(unfinished, step, (state,))[0]
+
+
+def dlr_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio, larger the nearer an example is to be misclassified.
+
+    -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)), where z_(i) is the i-th largest logit:
+    invariant to shifts and scales of the logits.
+
+    Args:
+        logits: Shape `(batch, num_classes)` with at least 3 classes.
+        labels: Shape `(batch,)`.
+
+    Returns:
+        Shape `(batch,)`; 0 where the three largest logits are equal.
+
+    Reference: Croce & Hein (2020), arXiv:2003.01690, equation 6.
+    """
+    _check_classes("dlr", logits.shape[1])
+    top = ops.top_k(logits, 3)[0]
+    return -example_margins(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr_losses(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Difference of logits ratio between label y and target t.
+
+    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), where z_(i) is the i-th largest logit.
+
+    Args:
+        logits: Shape `(batch, num_classes)` with at least 4 classes.
+        labels: Shape `(batch,)`.
+        targets: Shape `(batch,)`.
+
+    Returns:
+        Shape `(batch,)`; 0 where the four largest logits are equal.
+
+    Reference: Croce & Hein (2020), arXiv:2003.01690, equation 7.
+    """
+    _check_classes("targeted_dlr", logits.shape[1])
+    top = ops.top_k(logits, 4)[0]
+    difference = class_logits(logits, targets) - class_logits(logits, labels)
+    return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def _check_classes(loss: str, num_classes: int) -> None:
+    if num_classes < CLASSES[loss]:
+        raise ValueError(
+            f"loss={loss!r} must meet at least {CLASSES[loss]} classes, got {num_classes}. "
+            f"Use loss={'dlr' if num_classes == 3 else 'ce'!r}."
+        )
+
+
+def _uniform(shape: Any, dtype: str, seed: keras.random.SeedGenerator) -> Tensor:
+    return keras.random.uniform(shape, -1.0, 1.0, dtype=dtype, seed=seed)
+
+
+def _windows(steps: int) -> np.ndarray:
+    """At each checkpoint, the number of steps since the one before; elsewhere 0."""
+    windows = np.zeros(steps + 1, "int32")
+    length, step = max(int(0.22 * steps), 1), 0
+    while (step := step + length) <= steps:
+        windows[step] = length
+        length = max(length - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return windows
+
+
+def _start(
+    x: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor, step_size: Tensor
+) -> _Ascent:
+    infinite = ops.full_like(x[:, 0, 0, 0], np.inf)
+    return _Ascent(
+        step=ops.zeros((), "int32"),
+        x=x,
+        x_before=x,
+        loss=infinite,
+        x_best=x,
+        gradient_best=ops.zeros_like(x),
+        loss_best=-infinite,
+        step_size=step_size * ops.ones_like(infinite),
+        increases=ops.zeros_like(queries),
+        halved=ops.ones_like(standing),
+        loss_then=-infinite,
+        x_adv=x_adv,
+        standing=standing,
+        queries=queries,
+    )
+
+
+def _record(state: _Ascent, missed: Tensor, loss: Tensor, gradient: Tensor) -> _Ascent:
+    """Takes down what the classifier says of `state.x`."""
+    better = loss > state.loss_best
+    return state._replace(
+        loss=loss,
+        x_best=select(better, state.x, state.x_best),
+        gradient_best=select(better, gradient, state.gradient_best),
+        loss_best=ops.where(better, loss, state.loss_best),
+        increases=state.increases + ops.cast(loss > state.loss, "int32"),
+        x_adv=select(ops.logical_and(state.standing, missed), state.x, state.x_adv),
+        standing=ops.logical_and(state.standing, ops.logical_not(missed)),
+        queries=state.queries + ops.cast(state.standing, "int32"),
+    )
+
+
+def _adapt(state: _Ascent, window: Tensor, gradient: Tensor) -> tuple[_Ascent, Tensor]:
+    """At a checkpoint, halves the step size of the examples that make no progress."""
+    checkpoint = window > 0
+    few = ops.cast(state.increases, "float32") <= _ENOUGH_INCREASES * ops.cast(window, "float32")
+    stalled = ops.logical_and(ops.logical_not(state.halved), state.loss_then >= state.loss_best)
+    halve = ops.logical_and(checkpoint, ops.logical_or(few, stalled))
+    gradient = select(halve, state.gradient_best, gradient)
+    return state._replace(
+        x=select(halve, state.x_best, state.x),
+        step_size=ops.where(halve, state.step_size / 2, state.step_size),
+        increases=ops.where(checkpoint, 0, state.increases),
+        halved=ops.where(checkpoint, halve, state.halved),
+        loss_then=ops.where(checkpoint, state.loss_best, state.loss_then),
+    ), gradient

@@ -6,10 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
+from absl import flags
 
-from tvkeras import data, defenses, schedules
+from tvkeras import attacks, data, defenses, schedules
+from tvkeras.evaluation import suite
+
+GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
+GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")
 
 CONFIGURABLES: tuple[Callable[..., Any], ...] = (
+    attacks.AutoAttack,
+    attacks.AutoPGD,
+    attacks.CarliniWagner,
+    attacks.DecoupledDirectionNorm,
+    attacks.FastAdaptiveBoundary,
+    attacks.FastMinimumNorm,
+    attacks.ProjectedGradient,
+    attacks.Square,
     data.Augmentation,
     defenses.AdversarialTraining,
     defenses.TRADES,
@@ -18,6 +31,7 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     schedules.one_cycle,
     schedules.sgd,
     schedules.step_decay,
+    suite.Trial,
 )
 
 
@@ -25,13 +39,19 @@ class ConfigError(ValueError):
     """A gin file or binding that names something unknown."""
 
 
-def configurable(root: Callable[..., Any]) -> Callable[..., Any]:
+def configurable(
+    root: Callable[..., Any], more: Sequence[Callable[..., Any]] = ()
+) -> Callable[..., Any]:
     """Makes the package's configurables and a command's root function known to gin.
+
+    Args:
+        root: The command's function.
+        more: Configurables of this command alone.
 
     Returns:
         The root, which takes the arguments it is not given from the configuration.
     """
-    for function in CONFIGURABLES:
+    for function in (*CONFIGURABLES, *more):
         _register(function)
     return _register(root)
 

@@ -121,9 +121,10 @@ def train(
         steps = len(splits.train)
 
         # ---- Model and objective ---------------------------------------------------
+        shape = {"input_shape": splits.test.images.shape[1:]}
+        arguments = {**shape, **(model_arguments or {})}
+
         def build() -> keras.Model:
-            shape = {"input_shape": splits.test.images.shape[1:]}
-            arguments = {**shape, **(model_arguments or {})}
             return models.build(model, splits.test.num_classes, **arguments)
 
         random.seed(seed)  # Keras draws every layer's seed from here, on all backends
@@ -151,9 +152,14 @@ def train(
             runs.describe(
                 folder,
                 **plan,
-                seed=seed,
-                defense=type(defense).__name__,
+                model=model,
+                model_arguments=arguments,
+                num_classes=splits.test.num_classes,
+                defense=str(defense),
                 dataset=dataset,
+                validation_fraction=validation_fraction,
+                epochs=epochs,
+                seed=seed,
                 data_sha256=splits.checksums,
                 versions=runs.versions(),
                 devices=spread.total,
@@ -212,8 +218,6 @@ def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) 
 
 
 # ---- Command line --------------------------------------------------------------------
-_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
-_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "The run folder; default: runs/<gin files' names>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and the time of an epoch only.")
 
@@ -222,10 +226,10 @@ def main(_: list[str]) -> None:
     """Parse, bind, call."""
     train_configured = config.configurable(train)
     try:
-        config.bind(_GIN_FILE.value, _GIN_PARAM.value)
-        if not _GIN_FILE.value:
+        config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
+        if not config.GIN_FILE.value:
             raise ValueError("--gin_file must name an experiment, such as gin/cifar_tv_lip.gin.")
-        name = "-".join(pathlib.Path(file).stem for file in _GIN_FILE.value)
+        name = "-".join(pathlib.Path(file).stem for file in config.GIN_FILE.value)
         run_dir = _RUN_DIR.value or f"runs/{name}"
         results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
     except (ValueError, OSError, FloatingPointError) as error:

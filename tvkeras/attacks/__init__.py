@@ -18,6 +18,7 @@ from tvkeras.attacks.pgd import ProjectedGradient
 from tvkeras.attacks.square import Square
 
 __all__ = [
+    "TENSORFLOW_ATTACKS",
     "Attack",
     "AttackResult",
     "AttackedClassifier",
@@ -35,7 +36,7 @@ __all__ = [
     "targeted_dlr_losses",
 ]
 
-_HOMES = {
+TENSORFLOW_ATTACKS = {
     "CleverHansBIM": "cleverhans",
     "CleverHansCW": "cleverhans",
     "CleverHansFGSM": "cleverhans",
@@ -50,11 +51,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"tvkeras.attacks.{_HOMES[name]}"), name)
-    legal = sorted([*__all__, *_HOMES])
+    if name in TENSORFLOW_ATTACKS:
+        return getattr(importlib.import_module(f"tvkeras.attacks.{TENSORFLOW_ATTACKS[name]}"), name)
+    legal = sorted([*__all__, *TENSORFLOW_ATTACKS])
     raise AttributeError(f"module 'tvkeras.attacks' has no attribute {name!r}; it has {legal}.")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_HOMES])
+    return sorted([*__all__, *TENSORFLOW_ATTACKS])

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 
 from tvkeras import checks
+from tvkeras.detection import ROC
 
 
 def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -27,4 +29,88 @@ def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pathlib.Path) -> None:
+    """Draws, for each norm, the share of examples broken within each distance.
+
+    Args:
+        distances: Smallest perturbations, shape `(count,)`, by norm, then by the
+            classifier to show.
+        path: The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(4.8 * len(distances), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(distances), squeeze=False, sharey=True)[0]
+    for axes, (norm, lines) in zip(panels, distances.items(), strict=True):
+        finite = np.concatenate([d[np.isfinite(d)] for d in lines.values()])
+        edge = 1.1 * np.quantile(finite, 0.98)
+        for name, values in lines.items():
+            shares = 100 * np.arange(len(values) + 1) / len(values)
+            steps = np.concatenate([[0.0], np.sort(values)])
+            axes.step(np.minimum(steps, 10 * edge), shares, where="post", label=name)
+        axes.set(xlim=(0, edge), ylim=(0, 100), xlabel=f"perturbation size ({norm})")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    panels[0].set_ylabel("error, worst case over attacks, %")
+    figure.savefig(path, dpi=150)
+
+
+def score_histogram(scores: Mapping[str, np.ndarray], threshold: float, path: pathlib.Path) -> None:
+    """Draws the distribution of gradient norms, clean and attacked, and the threshold."""
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    positive = [values[values > 0] for values in scores.values()]
+    low, high = (f(np.concatenate(positive)) for f in (np.min, np.max))
+    edges = np.geomspace(max(low, high * 1e-6), high, 60)
+    for (name, values), shown in zip(scores.items(), positive, strict=True):
+        weights = np.full(len(shown), 100 / len(values))
+        axes.hist(
+            shown, edges.tolist(), weights=weights, histtype="step", linewidth=1.5, label=name
+        )
+    axes.axvline(threshold, color="black", linestyle=":", label="threshold")
+    axes.set(xscale="log", xlabel="gradient norm", ylabel="images, %")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def roc_curves(curves: Mapping[str, ROC], path: pathlib.Path) -> None:
+    """Draws what the detector notices of each attack against what it rejects of clean images."""
+    figure = matplotlib.figure.Figure(figsize=(4.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        rates = 100 * curve.false_positive_rate, 100 * curve.true_positive_rate
+        axes.plot(*rates, drawstyle="steps-post", label=name)
+    axes.set(xlim=(0, 30), ylim=(0, 101), xlabel="clean images rejected, %")
+    axes.set_ylabel("adversarial images rejected, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def adversarial_images(
+    images: np.ndarray, x_adv: np.ndarray, titles: list[str], path: pathlib.Path
+) -> None:
+    """Shows images, adversarial images, and their difference magnified to full range.
+
+    Args:
+        images: float in [0, 1], shape `(count, height, width, channels)`.
+        x_adv: Shape of `images`.
+        titles: Above each pair.
+        path: The PNG to write.
+    """
+    count = len(images)
+    figure = matplotlib.figure.Figure(figsize=(1.4 * count, 4.4), layout="constrained")
+    panels = figure.subplots(3, count, squeeze=False)
+    for column, (image, adversarial, title) in enumerate(zip(images, x_adv, titles, strict=True)):
+        perturbation = adversarial - image
+        scale = 0.5 / max(float(np.abs(perturbation).max()), 1e-12)
+        shown = (image, adversarial, 0.5 + scale * perturbation)
+        for row, picture in enumerate(shown):
+            panels[row, column].imshow(picture.squeeze(), vmin=0, vmax=1, cmap="gray")
+            panels[row, column].set(xticks=[], yticks=[])
+        panels[0, column].set_title(title, fontsize=8)
+        panels[2, column].set_xlabel(f"x {scale:.0f}", fontsize=8)
+    for row, name in enumerate(("clean", "adversarial", "difference")):
+        panels[row, 0].set_ylabel(name)
     figure.savefig(path, dpi=150)

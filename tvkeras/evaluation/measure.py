@@ -42,32 +42,19 @@ def measure(
         `attacked_images`.
     """
     model = attacks.AttackedClassifier(classifier)
-
-    def clean(logits: Any, images: Any, labels: Any) -> tuple[Any, Any, Any]:
-        losses, outputs, gradient = input_gradient(
-            logits, images, lambda outputs: example_losses(outputs, labels)
-        )
-        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
-
-    measured = model.compiled(("clean", norm), clean)
-    losses, wrong, sizes = [], [], []
-    for images, labels in _batches(examples, len(examples), batch_size):
-        loss, predicted, size = measured(images, labels)
-        losses.append(loss)
-        wrong.append(predicted != labels)
-        sizes.append(size)
-    wrong_all, sizes_all = np.concatenate(wrong), np.concatenate(sizes)
+    losses, predicted, sizes = clean_figures(model, examples, norm, batch_size)
+    wrong = predicted != examples.labels
     count = min(attacked_images, len(examples))
     return {
         "images": len(examples),
-        "clean_error": float(wrong_all.mean()),
-        "loss": float(np.concatenate(losses).mean()),
+        "clean_error": float(wrong.mean()),
+        "loss": float(losses.mean()),
         "gradient_norm": norms.dual(norm),
-        "gradient_norm_mean": float(sizes_all.mean()),
-        "gradient_norm_max": float(sizes_all.max()),
+        "gradient_norm_mean": float(sizes.mean()),
+        "gradient_norm_max": float(sizes.max()),
         "norm": norm,
         "attacked_images": count,
-        "attacked_images_clean_error": float(wrong_all[:count].mean()),
+        "attacked_images_clean_error": float(wrong[:count].mean()),
         **{
             f"{name}_error": {
                 str(epsilon): float(
@@ -87,6 +74,24 @@ def measure(
             )
         },
     }
+
+
+def clean_figures(
+    model: attacks.AttackedClassifier, examples: Examples, norm: str, batch_size: int = 250
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, predicted class and ||grad loss||_* of every example, shape `(count,)` each."""
+
+    def clean(logits: Any, images: Any, labels: Any) -> tuple[Any, Any, Any]:
+        losses, outputs, gradient = input_gradient(
+            logits, images, lambda outputs: example_losses(outputs, labels)
+        )
+        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
+
+    measured = model.compiled(("clean", norm), clean)
+    batches = _batches(examples, len(examples), batch_size)
+    parts = zip(*(measured(images, labels) for images, labels in batches), strict=True)
+    losses, predicted, sizes = map(np.concatenate, parts)
+    return losses, predicted, sizes
 
 
 def _batches(

@@ -1,0 +1,404 @@
+"""The evaluation card: figures that were measured, as JSON, and a page made of them."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tvkeras.evaluation import suite
+from tvkeras.evaluation.suite import Outcome
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A share of examples, with its 95 % Wilson interval.
+
+    Attributes:
+        value: In [0, 1].
+        low: Lower end of the interval.
+        high: Upper end.
+        n: Number of examples.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def rate(which: np.ndarray) -> Rate:
+    """Share of true entries of `which`, shape `(count,)`."""
+    count = int(np.sum(which))
+    interval = stats.binomtest(count, len(which)).proportion_ci(method="wilson")
+    return Rate(
+        value=count / len(which),
+        low=float(interval.low),
+        high=float(interval.high),
+        n=len(which),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackReport:
+    """What one attack found.
+
+    Attributes:
+        name: The trial's.
+        settings: The attack with all its arguments.
+        norm: Norm of its perturbations.
+        error: By radius as text: share of examples misclassified within it. For an
+            attack that looks for the smallest perturbation: at the card's radii.
+        median_distance: Half of the examples have an adversarial image at most this
+            far; None if fewer than half, or for an attack at fixed radii.
+        median_queries: Model calls, over the attacked examples that were right.
+    """
+
+    name: str
+    settings: str
+    norm: str
+    error: dict[str, Rate]
+    median_distance: float | None
+    median_queries: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorstCase:
+    """What all attacks in one norm found together: an example falls if any breaks it.
+
+    Attributes:
+        norm: Norm of the perturbations.
+        error: Share of examples misclassified, by radius as text.
+        median_distance: As in `AttackReport`, over all attacks.
+    """
+
+    norm: str
+    error: dict[str, Rate]
+    median_distance: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionReport:
+    """What a `GradientNormDetector` notices.
+
+    Attributes:
+        statistic: "loss" or "model".
+        threshold: Rejected from this size on; chosen on held-out clean images.
+        false_positive_rate: Share of clean test images rejected.
+        detected: By attack: share of its adversarial images rejected at that threshold.
+        at: By attack, then by false-positive rate on the test images as text: the
+            share rejected.
+        median_distance: By attack, of its adversarial images.
+        evasive_success: Share of images for which the evasive attack found a
+            misclassified one that is not rejected.
+    """
+
+    statistic: str
+    threshold: float
+    false_positive_rate: Rate
+    detected: dict[str, Rate]
+    at: dict[str, dict[str, float]]
+    median_distance: dict[str, float]
+    evasive_success: Rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundReport:
+    """A lower bound on distances, over the attacked images.
+
+    Attributes:
+        kind: "estimated", "probabilistic" or "certified".
+        norm: Norm of the radius.
+        median_radius: Of all images; 0 where nothing is claimed.
+        error: By radius as text: share of images not proved right within it.
+        assumptions: What the claim takes for granted.
+    """
+
+    kind: str
+    norm: str
+    median_radius: float
+    error: dict[str, float]
+    assumptions: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """All that was measured on one model, with what it takes to measure it again.
+
+    Attributes:
+        name: The model's.
+        command: The command that made the card.
+        model: What was measured: builder, arguments, parameters, sha256 of the weights.
+        training: Defence, data set, epochs and the like, from the run folder.
+        dataset: Name and split of the test images.
+        seed: Of the attacks.
+        clean_error: On all test images.
+        gradient_norms: Mean and maximum over the test images: `loss` is
+            ||grad l||_2 at the true label, `model` ||grad f||_{2,inf}.
+        attacks: One report for each attack.
+        worst_case: One for each norm.
+        detection: One for each statistic.
+        bounds: One for each kind.
+        audit: Checks and verdict, see `evaluation.audit`.
+        versions: Of the packages.
+        schema: Version of this format.
+    """
+
+    name: str
+    command: str
+    model: dict[str, Any]
+    training: dict[str, Any]
+    dataset: str
+    seed: int
+    clean_error: Rate
+    gradient_norms: dict[str, dict[str, float]]
+    attacks: tuple[AttackReport, ...]
+    worst_case: tuple[WorstCase, ...]
+    detection: tuple[DetectionReport, ...]
+    bounds: tuple[BoundReport, ...]
+    audit: dict[str, Any]
+    versions: dict[str, str]
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """The card as JSON text; `from_json` is the inverse."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Card":
+        """Reads a card.
+
+        Raises:
+            ValueError: If the text is of a newer format.
+        """
+        content = json.loads(text)
+        if content.get("schema") != SCHEMA:
+            raise ValueError(
+                f"the card has schema={content.get('schema')!r}, this tvkeras reads {SCHEMA}. "
+                "Use the tvkeras that wrote it, or a newer one."
+            )
+        content["clean_error"] = Rate(**content["clean_error"])
+        for field, kind in _PARTS.items():
+            content[field] = tuple(kind(**_rates(part)) for part in content[field])
+        return cls(**content)
+
+
+_PARTS: dict[str, Any] = {
+    "attacks": AttackReport,
+    "worst_case": WorstCase,
+    "detection": DetectionReport,
+    "bounds": BoundReport,
+}
+
+
+def _rates(content: Any) -> Any:
+    """JSON content with `Rate` wherever one was written."""
+    if not isinstance(content, dict):
+        return content
+    if content.keys() == {field.name for field in dataclasses.fields(Rate)}:
+        return Rate(**content)
+    return {name: _rates(value) for name, value in content.items()}
+
+
+def attack_report(outcome: Outcome, epsilons: Sequence[float | str]) -> AttackReport:
+    """Sums up one trial; `epsilons` are the card's radii in its norm."""
+    attack = outcome.trial.attack
+    if attack.fixed_epsilon:
+        error = {radius: rate(result.success) for radius, result in outcome.results.items()}
+    else:
+        error = {str(e): rate(suite.broken(outcome.distance, e)) for e in epsilons}
+    queries = np.concatenate([result.queries for result in outcome.results.values()])
+    asked = queries[queries > 0]
+    return AttackReport(
+        name=outcome.trial.name,
+        settings=str(attack),
+        norm=attack.norm,
+        error=error,
+        median_distance=None if attack.fixed_epsilon else _median(outcome.distance),
+        median_queries=float(np.median(asked)) if len(asked) else 0.0,
+    )
+
+
+def worst_case_report(
+    outcomes: Sequence[Outcome], norm: str, epsilons: Sequence[float | str]
+) -> WorstCase:
+    """Sums up all trials in one norm."""
+    distances = suite.worst_case(outcomes, norm)
+    fixed_only = all(o.trial.attack.fixed_epsilon for o in outcomes if o.trial.attack.norm == norm)
+    return WorstCase(
+        norm=norm,
+        error={str(e): rate(suite.broken(distances, e)) for e in epsilons},
+        median_distance=None if fixed_only else _median(distances),
+    )
+
+
+def _median(distances: np.ndarray) -> float | None:
+    middle = float(np.median(distances))
+    return middle if math.isfinite(middle) else None
+
+
+# ---- The page --------------------------------------------------------------------------
+
+
+def render(card: Card, figures: Mapping[str, str]) -> str:
+    """The card as Markdown, with the metadata that model hubs read.
+
+    Args:
+        card: The card.
+        figures: File name beside the page, by caption.
+    """
+    lines = [
+        *_metadata(card),
+        f"# {card.name}",
+        "",
+        f"{card.model['parameters']:,} parameters, trained on {card.training['dataset']} with "
+        f"`{card.training['defense']}`. Images are float32 in [0, 1], with no other "
+        "normalisation; distances are in those units. Errors are in %, with 95 % intervals.",
+        "",
+        f"Clean error: **{_percent(card.clean_error)}** on {card.dataset}, "
+        f"{card.clean_error.n:,} images.",
+        "",
+        "## Worst case over the attacks",
+        "",
+        "An example falls if any attack breaks it. This is the figure to quote.",
+        "",
+    ]
+    for worst in card.worst_case:
+        lines += _table(
+            [worst.norm, *(f"ε = {e}" for e in worst.error), "median distance", "images"],
+            [["error", *map(_percent, worst.error.values()), _number(worst.median_distance)]],
+            last=next(iter(worst.error.values())).n,
+        )
+    verdict = card.audit["verdict"]
+    lines += [
+        f"The audit calls these figures **{verdict}** (below).",
+        "",
+        "## Attack by attack",
+        "",
+    ]
+    rows = [
+        [
+            report.name,
+            report.norm,
+            ", ".join(f"{_percent(r)} @ {e}" for e, r in report.error.items()),
+            _number(report.median_distance),
+            f"{report.median_queries:.0f}",
+            str(next(iter(report.error.values())).n),
+        ]
+        for report in card.attacks
+    ]
+    lines += _table(
+        ["attack", "norm", "error @ ε", "median distance", "median queries", "images"], rows
+    )
+    lines += [f"- {report.name}: `{report.settings}`" for report in card.attacks]
+    lines += ["", "## Gradients", ""]
+    lines += _table(
+        ["", "mean", "maximum"],
+        [
+            [
+                name,
+                f"{card.gradient_norms[key]['mean']:.3f}",
+                f"{card.gradient_norms[key]['max']:.2f}",
+            ]
+            for key, name in (("loss", "‖∇loss‖2"), ("model", "‖∇f‖2,∞"))
+        ],
+    )
+    lines += ["## Detection by gradient norm", ""]
+    for report in card.detection:
+        lines += [
+            f"Statistic `{report.statistic}`, threshold {report.threshold:.4g}: rejects "
+            f"{_percent(report.false_positive_rate)} of clean images. The evasive attack succeeds "
+            f"unnoticed on {_percent(report.evasive_success)}.",
+            "",
+        ]
+        lines += _table(
+            ["attack", "detected", "at 1 / 5 / 10 % false positives", "median l2"],
+            [
+                [
+                    name,
+                    _percent(found),
+                    " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
+                    _number(report.median_distance[name]),
+                ]
+                for name, found in report.detected.items()
+            ],
+        )
+    lines += ["## Bounds", ""]
+    lines += _table(
+        ["kind", "norm", "median radius", "not proved right, %", "takes for granted"],
+        [
+            [
+                report.kind,
+                report.norm,
+                f"{report.median_radius:.3g}",
+                ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
+                report.assumptions,
+            ]
+            for report in card.bounds
+        ],
+    )
+    lines += ["## Audit", ""]
+    lines += _table(
+        ["check", "", "figure", "advice"],
+        [
+            [check["name"], check["status"], f"{check['figure']:.4g}", check["advice"]]
+            for check in card.audit["checks"]
+        ],
+    )
+    for caption, file in figures.items():
+        lines += [f"![{caption}]({file})", f"*{caption}*", ""]
+    lines += ["## How it was made", "", f"    {card.command}", ""]
+    about = {**card.training, **card.model, **card.versions, "seed": card.seed}
+    lines += [f"- {name}: `{value}`" for name, value in about.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write(card: Card, folder: pathlib.Path, figures: Mapping[str, str]) -> None:
+    """Writes `card.json` and `README.md` into a folder."""
+    (folder / "card.json").write_text(card.to_json())
+    (folder / "README.md").write_text(render(card, figures))
+
+
+def _metadata(card: Card) -> list[str]:
+    """Front matter in the form of Hugging Face's `model-index`."""
+    lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
+    lines += ["model-index:", f"- name: {card.name}", "  results:"]
+    lines += ["  - task: {type: image-classification}"]
+    lines += [
+        f"    dataset: {{name: {card.training['dataset']}, type: {card.training['dataset']}}}"
+    ]
+    lines += [
+        "    metrics:",
+        "    - type: accuracy",
+        f"      value: {1 - card.clean_error.value:.4f}",
+    ]
+    for worst in card.worst_case:
+        for epsilon, error in worst.error.items():
+            lines += [
+                "    - type: robust_accuracy",
+                f"      name: worst case over attacks, {worst.norm} {epsilon}",
+                f"      value: {1 - error.value:.4f}",
+            ]
+    return [*lines, "---", ""]
+
+
+def _table(
+    heading: Sequence[str], rows: Sequence[Sequence[str]], last: int | None = None
+) -> list[str]:
+    rows = [[*row, str(last)] for row in rows] if last is not None else rows
+    lines = [heading, ["---"] * len(heading), *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

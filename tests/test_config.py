@@ -3,10 +3,13 @@ import pathlib
 import gin
 import pytest
 
-from tvkeras import config, train
+from tests.conftest import BACKEND
+from tvkeras import config, evaluate, train
 from tvkeras.defenses import Defense
 
-EXPERIMENTS = sorted(pathlib.Path("gin").glob("*_*.gin"))
+EVALUATIONS = sorted(pathlib.Path("gin").glob("evaluate_*.gin"))
+SUITES = sorted(pathlib.Path("gin").glob("suite_*.gin"))
+EXPERIMENTS = sorted(set(pathlib.Path("gin").glob("*_*.gin")) - {*EVALUATIONS, *SUITES})
 TALK = ("undefended", "fgsm", "tv", "tv_lip_light", "tv_lip", "tv_lip_strong", "pgd")
 
 
@@ -31,6 +34,21 @@ def test_every_experiment_binds(path, more, configured):
     text = path.read_text()
     assert text.startswith("# ")
     assert f"python -m tvkeras.train --gin_file={path}" in text
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=str)
+@pytest.mark.parametrize("more", [None, *SUITES], ids=str)
+def test_every_evaluation_binds_with_every_suite(path, more):
+    if BACKEND != "tensorflow" and more and "talk" in more.name:
+        pytest.skip("CleverHans and Foolbox attack TensorFlow models")
+    config.configurable(evaluate.evaluate, evaluate.library_attacks())
+    # (a suite's radii for another data set may be set beside it)
+    config.bind([str(path), *([str(more)] if more else [])])
+    trials = [reference.scoped_configurable_fn() for reference in bound("evaluate.trials")]
+    assert len({trial.name for trial in trials}) == len(trials) >= 2
+    assert {trial.attack.norm for trial in trials} <= set(bound("evaluate.epsilons"))
+    text = path.read_text()
+    assert f"python -m tvkeras.evaluate --gin_file={path}" in text
 
 
 def test_the_command_line_wins_over_files(configured):

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from tvkeras import data
+from tvkeras import backends, data
 
 
 def test_digits_are_split_cached_and_memory_mapped(digits, tmp_path):
@@ -89,6 +89,50 @@ def test_batches_are_a_function_of_seed_epoch_and_index(digits):
         data.Batches(train, 2000, seed=0)
 
 
+def test_an_epoch_that_is_partly_done_goes_on_with_its_next_batch(digits):
+    batches = data.Batches(digits[0], 100, seed=5)
+    batches.begin_epoch(2)
+    whole = [batches[index][1] for index in range(len(batches))]
+    batches.begin_epoch(2, first_batch=9)
+    for index, labels in enumerate(whole[9:]):
+        np.testing.assert_array_equal(batches[index][1], labels)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_processes_share_every_batch(seed, digits):
+    few = digits[0].take(np.arange(107), "few")
+    whole = data.Batches(few, 20, seed=seed, devices=backends.Devices(total=4))
+    shares = [
+        data.Batches(few, 20, seed=seed, devices=backends.Devices(4, process, 2))
+        for process in range(2)
+    ]
+    assert len(whole) == (6 if seed is None else 5)
+    for index in range(len(whole)):
+        together = np.concatenate([share[index][1] for share in shares])
+        np.testing.assert_array_equal(together, whole[index][1])
+    if seed is None:  # 7 images are left, of which 4 devices take 4
+        assert len(whole[5][1]) == 4
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 devices"):
+        data.Batches(few, 20, devices=backends.Devices(total=3))
+
+
+def test_processes_share_a_stream(synthetic):
+    def epoch(process, processes, first_batch=0):
+        devices = backends.Devices(2, process, processes)
+        arguments = {"batch_size": 16, "image_size": 8, "seed": 1, "devices": devices}
+        stream = data.Stream(synthetic, "train", **arguments)
+        stream.begin_epoch(3, first_batch)
+        return [stream[index][1] for index in range(len(stream) - first_batch)]
+
+    whole, shares = epoch(0, 1), [epoch(process, 2) for process in range(2)]
+    for index, labels in enumerate(whole):
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate([s[index] for s in shares])), np.sort(labels)
+        )
+    for labels, expected in zip(epoch(1, 2, first_batch=2), shares[1][2:], strict=True):
+        np.testing.assert_array_equal(labels, expected)
+
+
 def test_fit_draws_a_new_order_each_epoch(digits):
     """Keras itself resets data sets at moments of its own: `fit` says which epoch begins."""
     import tvkeras
@@ -97,9 +141,9 @@ def test_fit_draws_a_new_order_each_epoch(digits):
     begun = []
 
     class Spy(data.Batches):
-        def begin_epoch(self, epoch):
+        def begin_epoch(self, epoch, first_batch=0):
             begun.append(epoch)
-            super().begin_epoch(epoch)
+            super().begin_epoch(epoch, first_batch)
 
     classifier = tvkeras.models.build("small_cnn", 10, width=2)
     robust = tvkeras.RobustClassifier(classifier, tvkeras.Undefended())

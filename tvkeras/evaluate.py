@@ -158,9 +158,10 @@ def evaluate(
         detection=tuple(detection),
         bounds=tuple(_bound_report(bound, labels, epsilons[bound.norm]) for bound in proved),
         audit=dataclasses.asdict(audited),
+        figures=_draw(folder, outcomes, images, scores, curves, detection, twin),
         versions=runs.versions(),
     )
-    card.write(result, folder, _draw(folder, outcomes, images, scores, curves, detection, twin))
+    card.write(result, folder)
     return result
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,7 @@ class Card:
         detection: One for each statistic.
         bounds: One for each kind.
         audit: Checks and verdict, see `evaluation.audit`.
+        figures: File beside the card, by caption.
         versions: Of the packages.
         schema: Version of this format.
     """
@@ -163,6 +164,7 @@ class Card:
     detection: tuple[DetectionReport, ...]
     bounds: tuple[BoundReport, ...]
     audit: dict[str, Any]
+    figures: dict[str, str]
     versions: dict[str, str]
     schema: int = SCHEMA
 
@@ -246,13 +248,8 @@ def _median(distances: np.ndarray) -> float | None:
 # ---- The page --------------------------------------------------------------------------
 
 
-def render(card: Card, figures: Mapping[str, str]) -> str:
-    """The card as Markdown, with the metadata that model hubs read.
-
-    Args:
-        card: The card.
-        figures: File name beside the page, by caption.
-    """
+def render(card: Card) -> str:
+    """The card as Markdown, with the metadata that model hubs read."""
     lines = [
         *_metadata(card),
         f"# {card.name}",
@@ -351,7 +348,7 @@ def render(card: Card, figures: Mapping[str, str]) -> str:
             for check in card.audit["checks"]
         ],
     )
-    for caption, file in figures.items():
+    for caption, file in card.figures.items():
         lines += [f"![{caption}]({file})", f"*{caption}*", ""]
     lines += ["## How it was made", "", f"    {card.command}", ""]
     about = {**card.training, **card.model, **card.versions, "seed": card.seed}
@@ -359,10 +356,10 @@ def render(card: Card, figures: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(card: Card, folder: pathlib.Path, figures: Mapping[str, str]) -> None:
+def write(card: Card, folder: pathlib.Path) -> None:
     """Writes `card.json` and `README.md` into a folder."""
     (folder / "card.json").write_text(card.to_json())
-    (folder / "README.md").write_text(render(card, figures))
+    (folder / "README.md").write_text(render(card))
 
 
 def _metadata(card: Card) -> list[str]:

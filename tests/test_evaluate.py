@@ -44,7 +44,6 @@ def evaluated(run_dir):
         statistics=("loss",),
         evasive={"steps": 5, "weights": 2},
         evasive_images=10,
-        audit_images=20,
     )
     return found, output
 
@@ -77,7 +76,6 @@ def test_the_card_says_what_the_table_of_examples_says(evaluated):
             few = attack.error[epsilon].value * attack.error[epsilon].n
             assert report.error[epsilon].value * 30 >= min(few, 30) - 10  # DDN has 10 images more
     assert report.error["1/2"].value >= report.error["0.25"].value >= wrong[:30].mean()
-    assert found.audit["verdict"] in ("reliable", "unreliable")
 
 
 @pytest.mark.slow
@@ -90,7 +88,6 @@ def test_a_card_survives_json_and_is_rendered_from_it_alone(evaluated):
     for file in found.figures.values():
         assert (output / file).read_bytes().startswith(b"\x89PNG")
         assert f"({file})" in page
-    assert "not certified" not in page
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Evaluates a run: `python -m tvkeras.evaluate --gin_file=gin/evaluate_cifar.gin --model=RUN`."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -14,7 +13,7 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import attacks, bounds, checks, config, data, evaluation, models, runs
+from tvkeras import attacks, bounds, checks, config, data, models, runs
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
@@ -37,7 +36,6 @@ def evaluate(
     false_positive_rate: float = 0.05,
     evasive_images: int = 100,
     evasive: Mapping[str, Any] | None = None,
-    audit_images: int = 100,
     batch_size: int = 250,
     seed: int = 0,
     twin: str | None = None,
@@ -56,7 +54,6 @@ def evaluate(
         false_positive_rate: Share of held-out clean images that a detector may reject.
         evasive_images: How many images the attack on the detector attacks.
         evasive: Arguments of `attacks.EvasiveCarliniWagner`, such as {"steps": 200}.
-        audit_images: How many images the audit attacks.
         batch_size: Images in a batch.
         seed: Of everything random.
         twin: Folder of another evaluation whose curve is drawn beside this one's, such
@@ -98,7 +95,7 @@ def evaluate(
     attacked_norms = sorted({trial.attack.norm for trial in trials})
     attacked = max(trial.images for trial in trials)
 
-    # ---- Detection, bounds, audit ----------------------------------------------------
+    # ---- Detection and bounds ---------------------------------------------------------
     adversarial = {
         outcome.trial.name: list(outcome.results.values())[-1]  # at the largest radius
         for outcome in outcomes
@@ -122,14 +119,6 @@ def evaluate(
         )
         detection.append(report)
     images, labels = as_float(test.images[:attacked]), test.labels[:attacked]
-    audited = evaluation.audit(
-        model,
-        images[:audit_images],
-        labels[:audit_images],
-        norm=attacked_norms[0],
-        epsilons=epsilons[attacked_norms[0]],
-        seed=seed,
-    )
     proved = [
         bounds.estimated_bound(model, images, labels, batch_size=batch_size),
         bounds.certified_bound(model, images, batch_size=batch_size),
@@ -157,7 +146,6 @@ def evaluate(
         ),
         detection=tuple(detection),
         bounds=tuple(_bound_report(bound, labels, epsilons[bound.norm]) for bound in proved),
-        audit=dataclasses.asdict(audited),
         figures=_draw(folder, outcomes, images, scores, curves, detection, twin),
         versions=runs.versions(),
     )
@@ -306,7 +294,7 @@ def main(_: list[str]) -> None:
     for worst in result.worst_case:
         errors = ", ".join(f"{100 * r.value:.1f} % at {e}" for e, r in worst.error.items())
         print(f"worst case in {worst.norm}: {errors}")
-    print(f"audit: {result.audit['verdict']}\ncard: {output}/README.md")
+    print(f"card: {output}/README.md")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,6 @@ class Card:
         worst_case: One for each norm.
         detection: One for each statistic.
         bounds: One for each kind.
-        audit: Checks and verdict, see `evaluation.audit`.
         figures: File beside the card, by caption.
         versions: Of the packages.
         schema: Version of this format.
@@ -163,7 +162,6 @@ class Card:
     worst_case: tuple[WorstCase, ...]
     detection: tuple[DetectionReport, ...]
     bounds: tuple[BoundReport, ...]
-    audit: dict[str, Any]
     figures: dict[str, str]
     versions: dict[str, str]
     schema: int = SCHEMA
@@ -272,13 +270,7 @@ def render(card: Card) -> str:
             [["error", *map(_percent, worst.error.values()), _number(worst.median_distance)]],
             last=next(iter(worst.error.values())).n,
         )
-    verdict = card.audit["verdict"]
-    lines += [
-        f"The audit calls these figures **{verdict}** (below).",
-        "",
-        "## Attack by attack",
-        "",
-    ]
+    lines += ["## Attack by attack", ""]
     rows = [
         [
             report.name,
@@ -338,14 +330,6 @@ def render(card: Card) -> str:
                 report.assumptions,
             ]
             for report in card.bounds
-        ],
-    )
-    lines += ["## Audit", ""]
-    lines += _table(
-        ["check", "", "figure", "advice"],
-        [
-            [check["name"], check["status"], f"{check['figure']:.4g}", check["advice"]]
-            for check in card.audit["checks"]
         ],
     )
     for caption, file in card.figures.items():

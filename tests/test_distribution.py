@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -168,6 +169,15 @@ def test_several_tensorflow_workers_are_refused(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
     with pytest.raises(ValueError, match=r"2 workers.*KERAS_BACKEND=jax"), backends.spread(1):
         pass
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX clips in the optimizer")
+def test_an_overflow_survives_clipping_by_value():
+    optimizer = keras.optimizers.SGD(clipvalue=0.5)
+    (clipped,) = backends._module._clipped([keras.ops.array([np.inf, np.nan, 2.0])], optimizer)
+    found = keras.ops.convert_to_numpy(clipped)
+    assert not np.isfinite(found[:2]).any()
+    assert found[2] == 0.5
 
 
 def test_more_devices_than_there_are_is_refused():

@@ -69,13 +69,41 @@ def test_a_run_that_was_killed_ends_as_if_it_never_was(moments, whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_several_steps_in_one_call_resume_exactly_too(tmp_path):
+@pytest.mark.parametrize("steps", [2, 3])  # 3 leaves a shorter last call in an epoch of 10
+def test_several_steps_in_one_call_resume_exactly_too(steps, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    resumable.train(one, steps_per_execution=2)
+    resumable.train(one, steps_per_execution=steps)
     with pytest.raises(Killed):
-        resumable.train(other, resumable.ending("step", 9, stop), steps_per_execution=2)
-    resumable.train(other, steps_per_execution=2)
+        resumable.train(other, resumable.ending("step", 7, stop), steps_per_execution=steps)
+    resumable.train(other, steps_per_execution=steps)
     assert_same_run(other, one)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_never_replaces_a_whole_one(whole, tmp_path):
+    with pytest.raises(Killed):
+        resumable.train(tmp_path, resumable.ending("step", 19, stop))
+    last = tmp_path / "checkpoints" / "last"
+    last.write_bytes(last.read_bytes()[:-9])
+    for number in (1, 2):  # killed at each rename of the next save
+        with pytest.raises(Killed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resumable.train(tmp_path, resumable.ending("write", number, stop))
+    resumable.train(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_no_checkpoint_holds_a_lost_loss(tmp_path, monkeypatch):
+    schedule = keras.optimizers.schedules.CosineDecay
+    monkeypatch.setattr(
+        keras.optimizers.schedules, "CosineDecay", lambda rate, steps: schedule(1e30, steps)
+    )
+    with pytest.raises(FloatingPointError, match=r"No checkpoint yet|checkpoints/last"):
+        resumable.train(tmp_path)
+    if (tmp_path / "checkpoints" / "last").exists():
+        arrays, _ = checkpoint.load(tmp_path / "checkpoints" / "last")
+        assert all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f")
 
 
 @pytest.mark.slow

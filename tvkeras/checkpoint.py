@@ -93,6 +93,15 @@ def load_newest(
     return None
 
 
+def set_aside_if_damaged(path: pathlib.Path) -> None:
+    """Renames a damaged checkpoint, so that it never takes the place of a whole one."""
+    if path.exists():
+        try:
+            load(path)
+        except DamagedError:
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+
+
 def write_atomically(
     path: pathlib.Path, content: bytes, previous: pathlib.Path | None = None
 ) -> None:

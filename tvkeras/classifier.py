@@ -143,6 +143,12 @@ class RobustClassifier(keras.Model):
                     f"{self.steps_per_execution}, with an x that has begin_epoch (such as "
                     f"tvkeras.data.Batches), got initial_step={initial_step}, x={x!r}."
                 )
+        if initial_step and len(x) % self.steps_per_execution:
+            raise ValueError(
+                f"steps_per_execution must divide the {len(x)} steps of an epoch to go on inside "
+                f"one, got steps_per_execution={self.steps_per_execution}: the last call of an "
+                "epoch would do more steps than are left."
+            )
         first, x = _first_batch(x, y)
         if first is not None:
             self._check_batch(*first)

@@ -86,6 +86,8 @@ class Recorder(keras.callbacks.Callback):
         loaded = checkpoint.load_newest((self.path, self.previous_path))
         if loaded is not None:
             arrays, meta = loaded
+            if self._writes:
+                checkpoint.set_aside_if_damaged(self.path)
             checkpoint.assign(_variables(model), arrays)
             self.epoch, self.step = meta["epoch"], meta["step"]
             self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]
@@ -122,6 +124,8 @@ class Recorder(keras.callbacks.Callback):
         self._first = (self.epoch, self.step)
         self._resumed_at = self._saved_at = time.monotonic()
         self._unsaved_steps = 0
+        # Else an epoch's last call is a shorter one, which a continuation could not repeat.
+        self._inside = self.params["steps"] % self.model.steps_per_execution == 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """In an epoch that is partly done, sets the metrics to their sums so far."""
@@ -137,13 +141,14 @@ class Recorder(keras.callbacks.Callback):
             return  # done in an earlier process, or left to the end of the epoch
         self._unsaved_steps += done - self.step
         self.step = done  # (`self.model` here would synchronise JAX's state)
-        if done - self._checked >= LOSS_CHECK_STEPS:  # its running mean keeps a NaN
+        due = self._inside and (self._signal is not None or self._is_due())
+        if due or done - self._checked >= LOSS_CHECK_STEPS:  # its running mean keeps a NaN
             self._checked = done
             self._check_loss(f"step {done}", logs or {})
-        if self._signal is not None:
+        if due and self._signal is not None:
             self._save()
             self._stop(self._signal)
-        elif self._is_due():
+        elif due:
             try:
                 self._save()
             except OSError as error:

@@ -175,7 +175,8 @@ def train(
         # ---- Training --------------------------------------------------------------
         callbacks = [recorder]
         if keras.backend.backend() == "tensorflow":
-            callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
+            board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
+            callbacks.insert(0, board)  # the recorder may stop the run at the end of an epoch
         if recorder.epoch < epochs:
             with recorder.catching_signals():
                 robust.fit(

@@ -198,7 +198,12 @@ def _clipped(gradients: Sequence[Tensor], optimizer: Any) -> Sequence[Tensor]:
         gradients, _ = tf.clip_by_global_norm(gradients, settings.global_clipnorm)
     elif settings.clipvalue:
         limit = settings.clipvalue
-        gradients = [tf.clip_by_value(gradient, -limit, limit) for gradient in gradients]
+        gradients = [  # an overflow stays one, for the loss scale to see
+            tf.where(
+                tf.math.is_finite(gradient), tf.clip_by_value(gradient, -limit, limit), gradient
+            )
+            for gradient in gradients
+        ]
     return [gradient * tf.cast(scale, gradient.dtype) for gradient in gradients]
 
 

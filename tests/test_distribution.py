@@ -80,7 +80,9 @@ def devices(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_devices_train_as_one(case, devices):
-    assert_equal_runs(devices[f"{case} on two"], devices[f"{case} on one"])
+    # Keras takes BatchNorm's means in float32, whatever the model computes in.
+    rtol = 1e-5 if CASES[case].get("batch_norm") else 1e-9
+    assert_equal_runs(devices[f"{case} on two"], devices[f"{case} on one"], rtol)
 
 
 @pytest.mark.slow

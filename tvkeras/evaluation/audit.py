@@ -1,0 +1,125 @@
+"""Audit: can the robust accuracy that PGD measures be believed?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from tvkeras import checks
+from tvkeras.attacks import AttackedClassifier, ProjectedGradient
+from tvkeras.attacks.apgd import CLASSES
+from tvkeras.attacks.base import as_float
+from tvkeras.evaluation import masking, sanity
+from tvkeras.evaluation.case import ORDERS, Case, Check
+
+PRECONDITIONS = (
+    sanity.images_in_bounds,
+    sanity.epsilon_in_pixel_units,
+    sanity.finite_logits,
+    sanity.enough_classes,
+)
+CHECKS = (
+    sanity.not_probabilities,
+    sanity.repeatable,
+    sanity.state_unchanged,
+    sanity.zero_gradients,
+    sanity.gradient_is_the_slope,
+    sanity.clean_at_epsilon_zero,
+    sanity.within_epsilon,
+    sanity.attacked_in_bounds,
+    sanity.confirmed,
+    sanity.reaches_the_edge,
+    sanity.steps_suffice,
+    sanity.survives_rounding,
+    masking.single_step,
+    masking.monotone,
+    masking.chance_at_large_epsilon,
+    masking.unbounded,
+    masking.random_noise,
+    masking.rescaled_logits,
+    masking.gradient_free,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """All checks; `dataclasses.asdict` gives what JSON can hold.
+
+    Attributes:
+        checks: In the order they were made.
+        verdict: "reliable", or "unreliable" where any check fails: then no robust
+            accuracy measured by these attacks may be quoted.
+    """
+
+    checks: tuple[Check, ...]
+    verdict: str
+
+
+def audit(
+    classifier: keras.Model | AttackedClassifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    norm: str,
+    epsilons: Sequence[float | str],
+    seed: int = 0,
+    steps: int = 20,
+    relative_step: float | None = None,
+    surrogate: keras.Model | AttackedClassifier | None = None,
+    batch_size: int = 250,
+) -> Audit:
+    """Checks the classifier, PGD's results on it, and looks for signs of gradient masking.
+
+    About 100 images do: decisions are by example, and n images resolve shares of 1 / n.
+    The dearer attacks meet the decisive epsilon alone, see `Case.decisive`. Nothing is
+    attacked where images, epsilons, logits or labels are not what attacks need.
+
+    Args:
+        classifier: Maps images in [0, 1] to logits; in inference mode.
+        images: float32 in [0, 1], or uint8, `(count, height, width, channels)`.
+        labels: True classes, shape `(count,)`.
+        norm: Threat norm, "l2" or "linf".
+        epsilons: Radii in pixel units, above 0.
+        seed: Of all random numbers.
+        steps: Of PGD, the attack whose results are checked.
+        relative_step: Length of its steps over epsilon, see `ProjectedGradient`.
+        surrogate: Another classifier of the same images, such as an undefended twin,
+            whose adversarial images are tried on this one.
+        batch_size: Images in a batch, at most.
+
+    Raises:
+        ValueError: For an illegal argument.
+
+    Reference: Athalye et al. (2018), arXiv:1802.00420; Carlini et al. (2019),
+    arXiv:1902.06705.
+    """
+    model = classifier
+    if not isinstance(model, AttackedClassifier):
+        model = AttackedClassifier(model)
+    radii = sorted({checks.epsilon(epsilon) for epsilon in checks.sequence("epsilons", epsilons)})
+    if not radii or radii[0] <= 0:
+        raise ValueError(f"epsilons must be radii above 0, at least one, got {epsilons!r}.")
+    checks.one_of("norm", norm, ORDERS)
+    case = Case(
+        model=model,
+        images=as_float(np.asarray(images)),
+        labels=np.asarray(labels).astype(np.int64),
+        attack=ProjectedGradient(norm=norm, steps=steps, relative_step=relative_step),
+        epsilons=tuple(radii),
+        seed=seed,
+        batch_size=batch_size,
+    )
+    found = [check(case) for check in PRECONDITIONS]
+    if _failed(found):
+        return Audit(tuple(found), "unreliable")
+    found += [check(case) for check in CHECKS]
+    if case.logits.shape[1] >= CLASSES["dlr"]:
+        found.append(masking.margin_loss(case))
+    if surrogate is not None:
+        found.append(masking.transfer(case, surrogate))
+    return Audit(tuple(found), "unreliable" if _failed(found) else "reliable")
+
+
+def _failed(found: Sequence[Check]) -> bool:
+    return any(check.status == "fail" for check in found)

@@ -1,0 +1,119 @@
+"""What the checks of an audit are given, and what they give."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tvkeras.attacks import Attack, AttackedClassifier, AttackResult, ProjectedGradient
+
+ORDERS = {"l2": 2, "linf": np.inf}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: Of the function that made it.
+        status: "pass", "warn" or "fail".
+        figure: What was measured.
+        advice: What it means and what to do where it is no pass; one sentence.
+    """
+
+    name: str
+    status: str
+    figure: float
+    advice: str
+
+
+def graded(name: str, figure: float, warn: float, fail: float, advice: str) -> Check:
+    """Warns above `warn`; fails above `fail`, and of what is not a number."""
+    status = "pass" if figure <= warn else "warn" if figure <= fail else "fail"
+    return Check(name, status, float(figure), advice)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the checks look at: a classifier, images, PGD and its results."""
+
+    model: AttackedClassifier
+    images: np.ndarray
+    labels: np.ndarray
+    attack: ProjectedGradient
+    epsilons: tuple[float, ...]
+    seed: int
+    batch_size: int
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The classifier's own logits, by none of the attacks' functions."""
+        outputs = self.model.classifier.predict(images, batch_size=self.batch_size, verbose=0)
+        return np.asarray(outputs, "float32")
+
+    def wrong(self, images: np.ndarray) -> np.ndarray:
+        """Which images the classifier itself misclassifies, shape `(count,)`."""
+        return self.predict(images).argmax(axis=1) != self.labels
+
+    def run(
+        self, attack: Attack, epsilon: float | None, model: keras.Model | AttackedClassifier
+    ) -> AttackResult:
+        """Runs an attack on all images."""
+        return attack(
+            model,
+            self.images,
+            self.labels,
+            epsilon=epsilon,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def fooled(self, attack: Attack, epsilon: float | None) -> np.ndarray:
+        """Which images an attack on the classifier fools, shape `(count,)`."""
+        return self.run(attack, epsilon, self.model).success
+
+    def by_batch(
+        self, key: Any, function: Callable[..., Any], *arrays: np.ndarray
+    ) -> list[np.ndarray]:
+        """A compiled `function(logits, *tensors)` of all images, in batches."""
+        call = self.model.compiled(key, function)
+        starts = range(0, len(self.labels), self.batch_size)
+        parts = [call(*(array[i : i + self.batch_size] for array in arrays)) for i in starts]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def few(self, share: float) -> float:
+        """`share`, or one image of all if that is more."""
+        return max(share, 1 / len(self.labels))
+
+    @functools.cached_property
+    def logits(self) -> np.ndarray:
+        """Of the images, shape `(count, num_classes)`."""
+        return self.predict(self.images)
+
+    @functools.cached_property
+    def wrong_before(self) -> np.ndarray:
+        """Which images are misclassified without an attack, shape `(count,)`."""
+        return self.logits.argmax(axis=1) != self.labels
+
+    @functools.cached_property
+    def results(self) -> dict[float, AttackResult]:
+        """Those of PGD at each epsilon."""
+        return {epsilon: self.run(self.attack, epsilon, self.model) for epsilon in self.epsilons}
+
+    @functools.cached_property
+    def decisive(self) -> float:
+        """The epsilon where PGD comes nearest to fooling half of the right images.
+
+        There the strengths of two attacks differ most; the largest where several are
+        as near, as where PGD fools none.
+        """
+        half = (1 + self.wrong_before.mean()) / 2
+        return min(
+            reversed(self.epsilons), key=lambda e: abs(self.results[e].success.mean() - half)
+        )
+
+    def only_by_other(self, other: np.ndarray) -> float:
+        """Share of images that another attack fools at the decisive epsilon, and PGD not."""
+        return float((other & ~self.results[self.decisive].success).mean())

@@ -1,0 +1,200 @@
+"""Checks of a classifier before an attack, and of what PGD then reports."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from tvkeras.attacks.apgd import CLASSES
+from tvkeras.attacks.base import Logits, class_logits, example_losses, input_gradient
+from tvkeras.evaluation.case import ORDERS, Case, Check, graded
+
+Tensor = Any
+
+FD_STEP = 1e-2  # l2 length
+DIRECTIONS = 4
+
+# Tolerances. Shares are of all images.
+ROUNDING = 1e-3  # relative; float32 sums over an image err by less
+UNSTABLE = 1e-5  # relative difference of two passes: accelerators may reorder sums
+ZERO_GRADIENTS = 0.05  # PGD's robust accuracy may be too high by as much
+DIFFERENCES = 0.1, 0.5  # ReLUs that switch within FD_STEP cost percents, a wrong gradient all
+POINT = 0.01  # the usual demand on an attack that has converged
+UNCONVERGED = 0.05  # more than the single images at the boundary that a longer ascent finds
+LOST_BY_ROUNDING = 0.1  # of the successes; never a failure: the attack is not at fault
+
+
+# ---- The model, before any attack --------------------------------------------------------
+
+
+def images_in_bounds(case: Case) -> Check:
+    """Share of pixels outside [0, 1], or not finite."""
+    return graded("images_in_bounds", _outside(case.images), 0, 0, "Divide 0-255 images by 255.")
+
+
+def epsilon_in_pixel_units(case: Case) -> Check:
+    """The largest epsilon over the length of an image of ones, the farthest of all."""
+    length = float(np.linalg.norm(np.ones(case.images[0].size), ORDERS[case.attack.norm]))
+    advice = "An epsilon that spans all images is no threat model: write 8/255, not 8."
+    return graded("epsilon_in_pixel_units", case.epsilons[-1] / length, 0.5, 1 + ROUNDING, advice)
+
+
+def repeatable(case: Case) -> Check:
+    """Largest difference of the logits of two passes, over the largest logit."""
+    first, again = case.logits, case.predict(case.images)
+    with np.errstate(invalid="ignore"):  # no number from infinite logits, which fails
+        figure = abs(again - first).max() / max(abs(first).max(), 1e-30)
+    advice = "Two passes must agree: remove randomness from inference, or attack its average."
+    return graded("repeatable", figure, 0, UNSTABLE, advice)
+
+
+def state_unchanged(case: Case) -> Check:
+    """How many non-trainable variables a pass changes."""
+    variables = case.model.classifier.non_trainable_variables
+    before = [ops.convert_to_numpy(variable.value) for variable in variables]
+    case.predict(case.images)
+    changed = sum(
+        not np.array_equal(old, ops.convert_to_numpy(new.value))
+        for old, new in zip(before, variables, strict=True)
+    )
+    advice = "A layer is in training mode during inference: pass its `training` argument on."
+    return graded("state_unchanged", changed, 0, 0, advice)
+
+
+def finite_logits(case: Case) -> Check:
+    """Share of logits that are not finite."""
+    figure = 1 - np.isfinite(case.logits).mean()
+    return graded("finite_logits", figure, 0, 0, "Find the layer that overflows.")
+
+
+def not_probabilities(case: Case) -> Check:
+    """Share of rows that are non-negative and sum to 1."""
+    sums = abs(case.logits.sum(axis=1) - 1) <= ROUNDING
+    advice = "Drop the final softmax: attacks on logits apply it, and twice flattens the loss."
+    figure = ((case.logits >= 0).all(axis=1) & sums).mean()
+    return graded("not_probabilities", figure, 0, 0.5, advice)
+
+
+def enough_classes(case: Case) -> Check:
+    """Number of logits: 2 for any loss, 3 for DLR, 4 for targeted DLR."""
+    count = case.logits.shape[1]
+    status = "pass" if count >= CLASSES["targeted_dlr"] else "warn"
+    if count < CLASSES["ce"] or not (case.labels >= 0).all() or case.labels.max() >= count:
+        status = "fail"
+    advice = "Labels must number the logits; DLR losses, with their checks, need 3 or 4 of them."
+    return Check("enough_classes", status, float(count), advice)
+
+
+def zero_gradients(case: Case) -> Check:
+    """Share of images where the cross-entropy's gradient is exactly zero."""
+
+    def moving(logits: Logits, images: Tensor, labels: Tensor) -> tuple[Tensor]:
+        gradient = input_gradient(logits, images, lambda o: example_losses(o, labels))[2]
+        return (ops.any(ops.not_equal(gradient, 0), axis=(1, 2, 3)),)
+
+    (moved,) = case.by_batch("zero_gradients", moving, case.images, case.labels)
+    advice = "Gradient attacks cannot move these images: attack the margin, or a smooth surrogate."
+    return graded("zero_gradients", (~moved).mean(), 0, case.few(ZERO_GRADIENTS), advice)
+
+
+def gradient_is_the_slope(case: Case) -> Check:
+    """Relative error of the margin's gradient against central differences.
+
+    ||<g_i, v> - (m_i(x + h v) - m_i(x - h v)) / 2 h|| over the larger side's length, in
+    the l2 norm over images i and random unit directions v; 0 if both sides vanish. The
+    margin m is that of the label and the class nearest to it, held fixed; its gradient,
+    unlike the cross-entropy's, does not fade as an example is classified well.
+    """
+    rivals = np.where(np.arange(case.logits.shape[1]) == case.labels[:, None], -np.inf, 0)
+    rivals = (case.logits + rivals).argmax(axis=1)
+
+    def slopes(
+        logits: Logits, images: Tensor, labels: Tensor, rivals: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def margin(outputs: Tensor) -> Tensor:
+            return class_logits(outputs, labels) - class_logits(outputs, rivals)
+
+        gradient = input_gradient(logits, images, margin)[2]
+        rise = margin(logits(images + FD_STEP * v)) - margin(logits(images - FD_STEP * v))
+        return ops.sum(gradient * v, axis=(1, 2, 3)), rise / (2 * FD_STEP)
+
+    inside = np.clip(case.images, FD_STEP, 1 - FD_STEP)  # so that x +- h v lies in [0, 1]
+    random = np.random.default_rng(case.seed)
+    pairs = []
+    for _ in range(DIRECTIONS):
+        v = random.standard_normal(inside.shape, "float32")
+        v /= np.sqrt(np.square(v).sum(axis=(1, 2, 3), keepdims=True))
+        pairs.append(case.by_batch("slopes", slopes, inside, case.labels, rivals, v))
+    analytic, quotient = np.concatenate(pairs, axis=1)
+    error, *sides = (float(np.linalg.norm(v)) for v in (analytic - quotient, analytic, quotient))
+    figure = error / max(*sides, 1e-30)
+    advice = "The gradient is not the function's: look for rounding or a custom gradient."
+    return graded("gradient_is_the_slope", figure, *DIFFERENCES, advice)
+
+
+# ---- PGD and what it reports -------------------------------------------------------------
+
+
+def clean_at_epsilon_zero(case: Case) -> Check:
+    """Share of images where PGD at epsilon = 0 says other than the classifier alone."""
+    differs = case.fooled(case.attack, 0.0) != case.wrong_before
+    advice = "At epsilon 0 the robust accuracy must be the clean one: the attack is at fault."
+    return graded("clean_at_epsilon_zero", differs.mean(), 0, 0, advice)
+
+
+def within_epsilon(case: Case) -> Check:
+    """Largest measured norm of a perturbation over its epsilon."""
+    order = ORDERS[case.attack.norm]
+    sizes = [
+        np.linalg.norm((result.x_adv - case.images).reshape(len(case.images), -1), order, axis=1)
+        / epsilon
+        for epsilon, result in case.results.items()
+    ]
+    advice = "A perturbation leaves the ball: the attack's projection is at fault."
+    return graded("within_epsilon", np.max(sizes), 1 + ROUNDING, 1 + ROUNDING, advice)
+
+
+def attacked_in_bounds(case: Case) -> Check:
+    """Share of adversarial pixels outside [0, 1], at the worst epsilon."""
+    figure = max(_outside(result.x_adv) for result in case.results.values())
+    return graded("attacked_in_bounds", figure, 0, 0, "Adversarial images must be clipped.")
+
+
+def confirmed(case: Case) -> Check:
+    """Share of results that the classifier, asked again, contradicts, at the worst epsilon."""
+    figure = max((case.wrong(r.x_adv) != r.success).mean() for r in case.results.values())
+    advice = "Count only what the classifier itself misclassifies."
+    return graded("confirmed", figure, 0, case.few(POINT), advice)
+
+
+def reaches_the_edge(case: Case) -> Check:
+    """Steps times step size over epsilon."""
+    reach = case.attack.steps * (case.attack.relative_step or min(1, 2.5 / case.attack.steps))
+    status = "pass" if reach >= 1 - ROUNDING else "fail"
+    advice = "Below 1 the attack cannot leave the inside of its ball: take more or longer steps."
+    return Check("reaches_the_edge", status, float(reach), advice)
+
+
+def steps_suffice(case: Case) -> Check:
+    """Change of robust accuracy when PGD takes twice the steps, at the decisive epsilon."""
+    longer = dataclasses.replace(case.attack, steps=2 * case.attack.steps)
+    fooled = case.fooled(longer, case.decisive).mean()
+    figure = abs(fooled - case.results[case.decisive].success.mean())
+    advice = "The attack has not converged: take more steps until nothing changes."
+    return graded("steps_suffice", figure, case.few(POINT), case.few(UNCONVERGED), advice)
+
+
+def survives_rounding(case: Case) -> Check:
+    """Share of successes that 8-bit images lose, at the worst epsilon."""
+    lost = []
+    for result in case.results.values():
+        fooled = result.success & ~case.wrong_before
+        stand = ~case.wrong((np.rint(result.x_adv * 255) / 255).astype("float32"))
+        lost.append((fooled & stand).sum() / max(fooled.sum(), 1))
+    advice = "Save adversarial images as floats: 8 bits undo so many of these perturbations."
+    return graded("survives_rounding", max(lost), LOST_BY_ROUNDING, 1, advice)
+
+
+def _outside(images: np.ndarray) -> float:
+    return 1 - float(((images >= 0) & (images <= 1)).mean())

@@ -155,6 +155,10 @@ def test_an_interval_covers_its_rate():
 def test_bad_settings_of_an_evaluation(tmp_path):
     with pytest.raises(ValueError, match=r"must be the folder of a finished run.*tvkeras\.train"):
         evaluate.load_run(tmp_path)
+    arguments = {"run_dir": str(tmp_path), "output": str(tmp_path)}
+    for trials, epsilons in ((TRIALS, {"linf": (0.1,)}), ((), EPSILONS)):
+        with pytest.raises(ValueError, match=r"epsilons must give radii in \['l2'\]"):
+            evaluate.evaluate(trials=trials, epsilons=epsilons, **arguments)
     with pytest.raises(ValueError, match="epsilons of trial 'x' must be empty"):
         suite.Trial(name="x", attack=attacks.DecoupledDirectionNorm(), epsilons=(0.1,))
     with pytest.raises(ValueError, match="epsilons of trial 'x' must be given"):

@@ -16,7 +16,7 @@ from keras import layers, ops
 
 from tvkeras import checks, norms
 from tvkeras.attacks import AttackedClassifier
-from tvkeras.attacks.base import example_losses, input_gradient
+from tvkeras.attacks.statistics import loss_statistics
 
 Tensor = Any
 
@@ -74,20 +74,8 @@ def estimated_bound(
     Reference: Finlay, Oberman & Abbasi (2019), arXiv:1808.09540.
     """
     checks.one_of("norm", norm, norms.DUALS)
-    model = _attacked(classifier)
-
-    def measure(logits: Any, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        losses, outputs, gradient = input_gradient(
-            logits, images, lambda outputs: example_losses(outputs, labels)
-        )
-        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
-
-    measured = model.compiled(("loss, class, gradient", norm), measure)
-    parts = [
-        measured(images[start : start + batch_size], labels[start : start + batch_size])
-        for start in range(0, len(images), batch_size)
-    ]
-    losses, classes, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    model = AttackedClassifier.of(classifier)
+    losses, classes, sizes = loss_statistics(model, images, labels, norm, batch_size)
     gap = np.maximum(np.log(2) - losses.astype(np.float64), 0)
     slope = float(sizes.max())
     return Bound(
@@ -138,7 +126,7 @@ def smoothed_bound(
     checks.number("alpha", alpha, minimum=0.0, maximum=1.0, exclusive=True)
     for name, value in [("selection_samples", selection_samples), ("samples", samples)]:
         checks.whole_number(name, value, minimum=1)
-    model = _attacked(classifier)
+    model = AttackedClassifier.of(classifier)
 
     def draw(logits: Any, image: Tensor, rows: Tensor, sigma: Tensor, *key: Tensor) -> Tensor:
         number, step = key
@@ -198,11 +186,12 @@ def certified_bound(
 
     Reference: Tsuzuku et al. (2018), arXiv:1802.04034.
     """
-    model = _attacked(classifier)
+    model = AttackedClassifier.of(classifier)
     constant = lipschitz_constant(model.classifier)
-    starts = range(0, len(images), batch_size)
-    parts = [model.logits(images[start : start + batch_size]) for start in starts]
-    logits = np.concatenate(parts).astype(np.float64)
+    (outputs,) = model.over(
+        "all logits", lambda logits, images: (logits(images),), images, batch_size=batch_size
+    )
+    logits = outputs.astype(np.float64)
     second, first = np.sort(logits, axis=1)[:, -2:].T
     return Bound(
         kind="certified",
@@ -289,12 +278,6 @@ def _spectral_norm(matrices: np.ndarray) -> float:
         matrices = matrices.swapaxes(-1, -2)
     gram = matrices @ matrices.conj().swapaxes(-1, -2)
     return math.sqrt(max(np.linalg.eigvalsh(gram).max(), 0.0)) * (1 + 1e-9)
-
-
-def _attacked(classifier: keras.Model | AttackedClassifier) -> AttackedClassifier:
-    if isinstance(classifier, AttackedClassifier):
-        return classifier
-    return AttackedClassifier(classifier)
 
 
 def _propagated(layer: Any, node: Any, inputs: list[float]) -> float:

@@ -67,39 +67,37 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load_newest(
-    paths: Sequence[pathlib.Path],
+    paths: Sequence[pathlib.Path], *, set_aside: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Loads the first of `paths` that holds a whole checkpoint; None if no file exists.
 
     A damaged one is passed over with a warning that names it and the one used instead.
 
+    Args:
+        paths: Newest first.
+        set_aside: Whether to rename those that are passed over, so that they never
+            take the place of the whole one.
+
     Raises:
         DamagedError: If there are files, and none is whole.
     """
-    damaged: DamagedError | None = None
+    damaged: dict[pathlib.Path, DamagedError] = {}
     for path in paths:
         if not path.exists():
             continue
         try:
             loaded = load(path)
         except DamagedError as error:
-            damaged = damaged or error
+            damaged[path] = error
             continue
-        if damaged:
-            warnings.warn(f"{damaged} Going on from {path} instead.", stacklevel=2)
+        for old, found in damaged.items():
+            warnings.warn(f"{found} Going on from {path} instead.", stacklevel=2)
+            if set_aside:
+                os.replace(old, old.with_name(f"{old.name}.damaged"))
         return loaded
-    if damaged:
-        raise DamagedError(f"{damaged} There is no other checkpoint beside it.")
+    for found in damaged.values():
+        raise DamagedError(f"{found} There is no other checkpoint beside it.")
     return None
-
-
-def set_aside_if_damaged(path: pathlib.Path) -> None:
-    """Renames a damaged checkpoint, so that it never takes the place of a whole one."""
-    if path.exists():
-        try:
-            load(path)
-        except DamagedError:
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
 def write_atomically(

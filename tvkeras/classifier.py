@@ -136,13 +136,13 @@ class RobustClassifier(keras.Model):
                 a label is out of range, or the classifier's outputs are
                 probabilities; or if `initial_step` is no such number.
         """
-        if initial_step % self.steps_per_execution or not hasattr(x, "begin_epoch"):
-            if initial_step:
-                raise ValueError(
-                    "initial_step must be a multiple of steps_per_execution="
-                    f"{self.steps_per_execution}, with an x that has begin_epoch (such as "
-                    f"tvkeras.data.Batches), got initial_step={initial_step}, x={x!r}."
-                )
+        partial = initial_step % self.steps_per_execution or not hasattr(x, "begin_epoch")
+        if initial_step and partial:
+            raise ValueError(
+                "initial_step must be a multiple of steps_per_execution="
+                f"{self.steps_per_execution}, with an x that has begin_epoch (such as "
+                f"tvkeras.data.Batches), got initial_step={initial_step}, x={x!r}."
+            )
         if initial_step and len(x) % self.steps_per_execution:
             raise ValueError(
                 f"steps_per_execution must divide the {len(x)} steps of an epoch to go on inside "

@@ -9,8 +9,8 @@ from sklearn.metrics import roc_curve
 
 from tvkeras import checks, norms
 from tvkeras.attacks import AttackedClassifier, EvasiveCarliniWagner
-from tvkeras.attacks.base import as_float
-from tvkeras.attacks.statistics import STATISTICS, measured
+from tvkeras.attacks.base import Logits
+from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,18 +137,13 @@ def gradient_norms(
     Returns:
         float32, shape `(count,)`.
     """
-    checks.whole_number("batch_size", batch_size, minimum=1)
-    model = classifier
-    if not isinstance(model, AttackedClassifier):
-        model = AttackedClassifier(model)
-    count = len(images)
-    size = -(-count // -(-count // batch_size))  # nearly equal batches
-    parts = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)  # one shape
-        sizes = measured(model, as_float(images[rows]), norm, statistic)
-        parts.append(sizes[: count - start])
-    return np.concatenate(parts)
+
+    def sizes(logits: Logits, images: Any) -> tuple[Any]:
+        return (gradient_norm(logits, images, norm, statistic)[0],)
+
+    model = AttackedClassifier.of(classifier)
+    key = ("gradient_norms", norm, statistic)
+    return model.over(key, sizes, images, batch_size=batch_size)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

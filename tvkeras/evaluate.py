@@ -16,9 +16,9 @@ from absl import app, flags
 from tvkeras import attacks, bounds, checks, config, data, models, runs
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
+from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 from tvkeras.evaluation import card, figures, suite
-from tvkeras.evaluation.measure import clean_figures
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
 SHOWN_EXAMPLES = 6
@@ -67,6 +67,12 @@ def evaluate(
     for norm, radii in epsilons.items():
         for epsilon in checks.sequence("epsilons", radii):
             checks.epsilon(epsilon, f"epsilons[{norm!r}]")
+    needed = {"l2", *(trial.attack.norm for trial in trials)}  # l2 for the bounds
+    if not trials or needed - epsilons.keys():
+        raise ValueError(
+            f"epsilons must give radii in {sorted(needed)} for at least one trial, got "
+            f"epsilons={dict(epsilons)!r} and {len(trials)} trials."
+        )
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
     classifier, about = load_run(run)
     model = AttackedClassifier(classifier)
@@ -77,7 +83,7 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
 
     # ---- Clean images ----------------------------------------------------------------
-    _, predicted, sizes = clean_figures(model, test, "l2", batch_size)
+    _, predicted, sizes = loss_statistics(model, test.images, test.labels, "l2", batch_size)
     rows = gradient_norms(model, test.images, "l2", "model", batch_size)
 
     # ---- Attacks ---------------------------------------------------------------------

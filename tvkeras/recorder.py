@@ -83,11 +83,10 @@ class Recorder(keras.callbacks.Callback):
         Raises:
             checkpoint.CheckpointError: If all are damaged, or of another model.
         """
-        loaded = checkpoint.load_newest((self.path, self.previous_path))
+        paths = (self.path, self.previous_path)
+        loaded = checkpoint.load_newest(paths, set_aside=self._writes)
         if loaded is not None:
             arrays, meta = loaded
-            if self._writes:
-                checkpoint.set_aside_if_damaged(self.path)
             checkpoint.assign(_variables(model), arrays)
             self.epoch, self.step = meta["epoch"], meta["step"]
             self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]

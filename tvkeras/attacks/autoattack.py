@@ -96,9 +96,7 @@ class AutoAttack(Attack):
             The union of the members' successes; `queries` are those of all members.
         """
         self._radius(epsilon)
-        model = classifier
-        if not isinstance(model, AttackedClassifier):
-            model = AttackedClassifier(model)
+        model = AttackedClassifier.of(classifier)
         num_classes = model.classifier.compute_output_shape((None, *images.shape[1:]))[-1]
         version, members = self.members(num_classes)
         labels = np.asarray(labels)

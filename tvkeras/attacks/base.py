@@ -89,6 +89,36 @@ class AttackedClassifier:
 
         return call
 
+    @classmethod
+    def of(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
+        """`classifier` itself if it is made ready already, else made ready."""
+        return classifier if isinstance(classifier, cls) else cls(classifier)
+
+    def over(
+        self,
+        key: Any,
+        function: Callable[..., tuple[Tensor, ...]],
+        images: np.ndarray,
+        *arrays: np.ndarray,
+        batch_size: int,
+    ) -> tuple[np.ndarray, ...]:
+        """A compiled function of all images, in batches of one shape.
+
+        Args:
+            key: As for `compiled`.
+            function: As for `compiled`; returns a tuple of tensors, a row an image.
+            images: float32 in [0, 1], or uint8; shape
+                `(count, height, width, channels)`.
+            *arrays: Further arguments, a row an image.
+            batch_size: Images in a batch, at most.
+        """
+        call = self.compiled(key, function)
+        parts = [
+            call(as_float(images[rows]), *(array[rows] for array in arrays))
+            for rows in equal_batches(len(images), batch_size)
+        ]
+        return tuple(np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True))
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits `(batch, num_classes)` of one batch of images in [0, 1]."""
         return self.compiled("logits", lambda logits, images: logits(images))(images)
@@ -176,24 +206,20 @@ class Attack:
             ValueError: For an illegal argument, or a `resume_dir` of another attack.
         """
         radius = self._radius(epsilon)
-        checks.whole_number("batch_size", batch_size, minimum=1)
         labels = np.asarray(labels).astype(np.int64)
         if len(images) != len(labels) or labels.ndim != 1 or not len(labels):
             raise ValueError(
                 "images and labels must be as many and at least one, with labels of shape "
                 f"(count,); got images of shape {images.shape}, labels {labels.shape}."
             )
-        model = classifier
-        if not isinstance(model, AttackedClassifier):
-            model = AttackedClassifier(model)
-        size = -(-len(labels) // -(-len(labels) // batch_size))  # nearly equal batches
+        model = AttackedClassifier.of(classifier)
+        batches = equal_batches(len(labels), batch_size)
+        size = len(batches[0])
         folder = None if resume_dir is None else pathlib.Path(resume_dir)
         identity = folder and self._identity(model, images, labels, (epsilon, size, seed))
-        starts = range(0, len(labels), size)
-        bar = keras.utils.Progbar(len(starts), unit_name="batch") if progress else None
+        bar = keras.utils.Progbar(len(batches), unit_name="batch") if progress else None
         parts = []
-        for number, start in enumerate(starts):
-            rows = np.minimum(np.arange(start, start + size), len(labels) - 1)  # one shape
+        for number, rows in enumerate(batches):
             batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
 
             def attack(rows: np.ndarray = rows, seed: int = batch_seed) -> dict[str, np.ndarray]:
@@ -203,10 +229,12 @@ class Attack:
                 part = attack()
             else:
                 part = _kept(folder / f"batch-{number:05d}", identity, attack)
-            parts.append({name: values[: len(labels) - start] for name, values in part.items()})
+            parts.append(part)
             if bar:
                 bar.update(number + 1)
-        return AttackResult(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+        return AttackResult(
+            **{name: np.concatenate([p[name] for p in parts])[: len(labels)] for name in parts[0]}
+        )
 
     def search(
         self,
@@ -366,6 +394,15 @@ def input_gradient(
 
     (_, (losses, outputs)), (gradient,) = backends.value_and_gradient(total, (images,))
     return losses, outputs, gradient
+
+
+def equal_batches(count: int, batch_size: int) -> list[np.ndarray]:
+    """Row numbers of nearly equal batches of one shape; the last row fills the last one."""
+    checks.whole_number("batch_size", batch_size, minimum=1)
+    size = -(-count // -(-count // batch_size))
+    return [
+        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
+    ]
 
 
 def as_float(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Sizes of a classifier's derivative at an image, without the image's true label.
+"""Sizes of a classifier's derivative at an image.
 
-A detector measures them, and the attack that evades it.
+`gradient_norm` needs no true label: a detector measures it, and the attack that evades it.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,34 @@ def gradient_norm(
     rows, _ = ops.fori_loop(1, classes, larger, (first, largest))
     sizes, outputs = sized(images, lambda outputs: _probability(outputs, rows))
     return sizes, outputs, classes + 1
+
+
+def loss_statistics(
+    model: AttackedClassifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    norm: str,
+    batch_size: int = 250,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss at the true label, predicted class and ||grad loss||_*, shape `(count,)` each.
+
+    Args:
+        model: The classifier.
+        images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
+        labels: True classes, shape `(count,)`.
+        norm: Threat norm, whose dual measures the gradients.
+        batch_size: Images in a batch, at most.
+    """
+
+    def statistics(logits: Logits, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        losses, outputs, gradient = input_gradient(
+            logits, images, lambda outputs: example_losses(outputs, labels)
+        )
+        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
+
+    key = ("loss_statistics", norm)
+    losses, classes, sizes = model.over(key, statistics, images, labels, batch_size=batch_size)
+    return losses, classes, sizes
 
 
 def measured(

@@ -94,9 +94,7 @@ def audit(
     Reference: Athalye et al. (2018), arXiv:1802.00420; Carlini et al. (2019),
     arXiv:1902.06705.
     """
-    model = classifier
-    if not isinstance(model, AttackedClassifier):
-        model = AttackedClassifier(model)
+    model = AttackedClassifier.of(classifier)
     radii = sorted({checks.epsilon(epsilon) for epsilon in checks.sequence("epsilons", epsilons)})
     if not radii or radii[0] <= 0:
         raise ValueError(f"epsilons must be radii above 0, at least one, got {epsilons!r}.")

@@ -75,13 +75,10 @@ class Case:
         return self.run(attack, epsilon, self.model).success
 
     def by_batch(
-        self, key: Any, function: Callable[..., Any], *arrays: np.ndarray
-    ) -> list[np.ndarray]:
-        """A compiled `function(logits, *tensors)` of all images, in batches."""
-        call = self.model.compiled(key, function)
-        starts = range(0, len(self.labels), self.batch_size)
-        parts = [call(*(array[i : i + self.batch_size] for array in arrays)) for i in starts]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+        self, key: Any, function: Callable[..., Any], images: np.ndarray, *arrays: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """A compiled `function(logits, *tensors)` of all images: see `AttackedClassifier`."""
+        return self.model.over(key, function, images, *arrays, batch_size=self.batch_size)
 
     def few(self, share: float) -> float:
         """`share`, or one image of all if that is more."""

@@ -1,14 +1,12 @@
 """A first look at a classifier: errors, gradient norms, FGSM and PGD."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
 from tvkeras import attacks, norms
-from tvkeras.attacks.base import example_losses, input_gradient
+from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.data import Examples
 
 PGD_STEPS = 20
@@ -42,7 +40,9 @@ def measure(
         `attacked_images`.
     """
     model = attacks.AttackedClassifier(classifier)
-    losses, predicted, sizes = clean_figures(model, examples, norm, batch_size)
+    losses, predicted, sizes = loss_statistics(
+        model, examples.images, examples.labels, norm, batch_size
+    )
     wrong = predicted != examples.labels
     count = min(attacked_images, len(examples))
     return {
@@ -74,30 +74,3 @@ def measure(
             )
         },
     }
-
-
-def clean_figures(
-    model: attacks.AttackedClassifier, examples: Examples, norm: str, batch_size: int = 250
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, predicted class and ||grad loss||_* of every example, shape `(count,)` each."""
-
-    def clean(logits: Any, images: Any, labels: Any) -> tuple[Any, Any, Any]:
-        losses, outputs, gradient = input_gradient(
-            logits, images, lambda outputs: example_losses(outputs, labels)
-        )
-        return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
-
-    measured = model.compiled(("clean", norm), clean)
-    batches = _batches(examples, len(examples), batch_size)
-    parts = zip(*(measured(images, labels) for images, labels in batches), strict=True)
-    losses, predicted, sizes = map(np.concatenate, parts)
-    return losses, predicted, sizes
-
-
-def _batches(
-    examples: Examples, count: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    size = -(-count // -(-count // batch_size))  # nearly equal batches: one shape to compile
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        yield examples.images[rows].astype(np.float32) / 255, examples.labels[rows]

@@ -98,9 +98,7 @@ def run(
     names = [trial.name for trial in trials]
     if len(set(names)) < len(names):
         raise ValueError(f"trials must have different names, got {names}.")
-    model = classifier
-    if not isinstance(model, AttackedClassifier):
-        model = AttackedClassifier(model)
+    model = AttackedClassifier.of(classifier)
     outcomes = []
     for trial in trials:
         results = {}

@@ -358,7 +358,12 @@ def clearance(logits: Tensor) -> Tensor:
 
 
 def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether another logit is clearly larger than the label's, shape `(batch,)`."""
+    """Whether the largest logit is not the label's, shape `(batch,)`."""
+    return ops.cast(ops.argmax(logits, axis=1), labels.dtype) != labels
+
+
+def clearly_misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether another logit is larger than the label's by the `clearance`, shape `(batch,)`."""
     return example_margins(logits, labels) < -clearance(logits)
 
 

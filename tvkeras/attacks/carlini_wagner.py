@@ -12,8 +12,8 @@ from tvkeras.attacks.base import (
     AttackedClassifier,
     Logits,
     Randomness,
+    clearly_misclassified,
     example_margins,
-    misclassified,
     select,
 )
 from tvkeras.attacks.statistics import STATISTICS, gradient_norm, measured
@@ -85,7 +85,7 @@ class CarliniWagner(Attack):
         """What the weight multiplies, who succeeds, and model calls per example."""
         outputs = logits(x_adv)
         losses = ops.maximum(example_margins(outputs, labels), 0.0)
-        return losses, misclassified(outputs, labels), 1
+        return losses, clearly_misclassified(outputs, labels), 1
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -211,7 +211,7 @@ class EvasiveCarliniWagner(CarliniWagner):
     ) -> tuple[Tensor, Tensor, int]:
         """What the weight multiplies, who succeeds, and model calls per example."""
         sizes, outputs, calls = gradient_norm(logits, x_adv, self.detector_norm, self.statistic)
-        wrong = misclassified(outputs, labels)
+        wrong = clearly_misclassified(outputs, labels)
         excess = ops.log(ops.maximum(sizes / (_CAUTION * self.threshold), 1.0))
         margins = ops.maximum(example_margins(outputs, labels), 0.0)
         losses = ops.where(wrong, excess / (1.0 + excess), 1.0 + margins)

@@ -12,9 +12,9 @@ from tvkeras.attacks.base import (
     Logits,
     Randomness,
     by_example,
+    clearly_misclassified,
     example_losses,
     input_gradient,
-    misclassified,
     select,
 )
 
@@ -65,7 +65,7 @@ class DecoupledDirectionNorm(Attack):
             _, outputs, gradient = input_gradient(
                 logits, x_adv, lambda outputs: example_losses(outputs, labels)
             )
-            wrong = misclassified(outputs, labels)
+            wrong = clearly_misclassified(outputs, labels)
             distance = norms.length(x_adv - images, "l2")
             better = ops.logical_and(wrong, distance <= best_distance)
             best = select(better, x_adv, best)

@@ -12,9 +12,9 @@ from tvkeras.attacks.base import (
     Logits,
     Randomness,
     clearance,
+    clearly_misclassified,
     example_margins,
     input_gradient,
-    misclassified,
     select,
 )
 
@@ -72,7 +72,7 @@ class FastMinimumNorm(Attack):
             )
             blocked = ops.where(gradient > 0, x_adv <= 0.0, x_adv >= 1.0)  # by the bounds
             gradient = ops.where(blocked, 0.0, gradient)
-            wrong = misclassified(outputs, labels)
+            wrong = clearly_misclassified(outputs, labels)
             distance = norms.length(x_adv - images, self.norm)
             better = ops.logical_and(wrong, distance <= best_distance)
             best = select(better, x_adv, best)

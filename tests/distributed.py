@@ -79,7 +79,7 @@ def train(
         batches = data.Batches(examples, 16, seed=0, devices=spread)
         if uneven:
             batches = tf.data.Dataset.from_tensor_slices((examples.images, examples.labels))
-            batches = batches.batch(15)
+            batches = batches.take(16 * steps - 1).batch(16)
         history = robust.fit(
             batches,
             epochs=epochs,

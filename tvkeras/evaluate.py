@@ -1,6 +1,7 @@
 """Evaluates a run: `python -m tvkeras.evaluate --gin_file=gin/evaluate_cifar.gin --model=RUN`."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -13,15 +14,22 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import attacks, bounds, checks, config, data, models, runs
+from tvkeras import attacks, bounds, checks, config, data, models, norms, runs
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
-from tvkeras.evaluation import card, figures, suite
+from tvkeras.evaluation import audit, card, figures, suite
+from tvkeras.evaluation.case import ORDERS
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
 SHOWN_EXAMPLES = 6
+
+# Of `run.json`: what it takes to evaluate a run; its results come last.
+RUN_ENTRIES = {
+    *("model", "model_arguments", "num_classes", "parameters", "defense", "epochs"),
+    *("dataset", "data_sha256", "validation_fraction", "results"),
+}
 
 
 def evaluate(
@@ -36,6 +44,7 @@ def evaluate(
     false_positive_rate: float = 0.05,
     evasive_images: int = 100,
     evasive: Mapping[str, Any] | None = None,
+    audited_images: int = 100,
     batch_size: int = 250,
     seed: int = 0,
     twin: str | None = None,
@@ -54,32 +63,42 @@ def evaluate(
         false_positive_rate: Share of held-out clean images that a detector may reject.
         evasive_images: How many images the attack on the detector attacks.
         evasive: Arguments of `attacks.EvasiveCarliniWagner`, such as {"steps": 200}.
+        audited_images: How many of the first images the audit looks at, at the card's radii.
         batch_size: Images in a batch.
         seed: Of everything random.
-        twin: Folder of another evaluation whose curve is drawn beside this one's, such
-            as that of the undefended network.
+        twin: Folder of another evaluation, such as the undefended network's: its curve
+            is drawn beside this one's. If its run is the folder around it, the audit
+            tries that classifier's adversarial images on this one.
         command: What to state in the card as its origin.
 
     Raises:
-        ValueError: For an illegal argument, or a folder that is no finished run.
+        ValueError: For an illegal argument, a folder that is no finished run, or a twin
+            that is no evaluation on the same images.
         tvkeras.data.DataNotFoundError: If the run's data is not on this machine.
     """
-    for norm, radii in epsilons.items():
-        for epsilon in checks.sequence("epsilons", radii):
-            checks.epsilon(epsilon, f"epsilons[{norm!r}]")
-    needed = {"l2", *(trial.attack.norm for trial in trials)}  # l2 for the bounds
-    if not trials or needed - epsilons.keys():
-        raise ValueError(
-            f"epsilons must give radii in {sorted(needed)} for at least one trial, got "
-            f"epsilons={dict(epsilons)!r} and {len(trials)} trials."
-        )
+    # ---- What is evaluated -----------------------------------------------------------
+    for name, count in (
+        ("clean_images", clean_images),
+        ("evasive_images", evasive_images),
+        ("audited_images", audited_images),
+    ):
+        checks.whole_number(name, count, minimum=1)
+    _check_radii(trials, epsilons)
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
     classifier, about = load_run(run)
     model = AttackedClassifier(classifier)
     test = data.load(about["dataset"], test_split)
     test = test.take(np.arange(min(clean_images, len(test))), test_split)
+    test_set = f"{about['dataset']} {test_split}"
+    other = None if twin is None else _load_twin(pathlib.Path(twin), test_set)
     training = data.load(about["dataset"], "train")
     _, held_out = data.held_out(training, about["validation_fraction"])
+    detectors = [
+        GradientNormDetector.fit(
+            model, held_out.images, false_positive_rate, statistic=statistic, batch_size=batch_size
+        )
+        for statistic in statistics
+    ]
     folder.mkdir(parents=True, exist_ok=True)
 
     # ---- Clean images ----------------------------------------------------------------
@@ -107,10 +126,7 @@ def evaluate(
         for outcome in outcomes
     }
     detection, scores, curves = [], {}, {}
-    for statistic in statistics:
-        detector = GradientNormDetector.fit(
-            model, held_out.images, false_positive_rate, statistic=statistic, batch_size=batch_size
-        )
+    for detector in detectors:
         evading = detector.adaptive_attack(**(evasive or {}))(
             model,
             test.images[:evasive_images],
@@ -118,9 +134,9 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             progress=True,
-            resume_dir=folder / "attacks" / f"evasive-{statistic}",
+            resume_dir=folder / "attacks" / f"evasive-{detector.statistic}",
         )
-        report, scores[statistic], curves[statistic] = _detection(
+        report, scores[detector.statistic], curves[detector.statistic] = _detection(
             detector, model, test.images[:attacked], {**adversarial, "evasive": evading}, evading
         )
         detection.append(report)
@@ -129,6 +145,20 @@ def evaluate(
         bounds.estimated_bound(model, images, labels, batch_size=batch_size),
         bounds.certified_bound(model, images, batch_size=batch_size),
     ]
+
+    # ---- Audit -----------------------------------------------------------------------
+    audits = tuple(
+        _audit(
+            model,
+            test.take(np.arange(min(audited_images, len(test))), test_split),
+            norm,
+            epsilons[norm],
+            other,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        for norm in attacked_norms
+    )
 
     # ---- Card ------------------------------------------------------------------------
     result = card.Card(
@@ -139,7 +169,7 @@ def evaluate(
             "weights_sha256": hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest(),
         },
         training={key: about[key] for key in ("defense", "dataset", "epochs", "data_sha256")},
-        dataset=f"{about['dataset']} {test_split}",
+        dataset=test_set,
         seed=seed,
         clean_error=card.rate(predicted != test.labels),
         gradient_norms={
@@ -150,9 +180,10 @@ def evaluate(
         worst_case=tuple(
             card.worst_case_report(outcomes, norm, epsilons[norm]) for norm in attacked_norms
         ),
+        audit=audits,
         detection=tuple(detection),
         bounds=tuple(_bound_report(bound, labels, epsilons[bound.norm]) for bound in proved),
-        figures=_draw(folder, outcomes, images, scores, curves, detection, twin),
+        figures=_draw(folder, outcomes, images, scores, curves, detection, other),
         versions=runs.versions(),
     )
     card.write(result, folder)
@@ -172,12 +203,90 @@ def load_run(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
             f"{str(run_dir)!r}. Train one: python -m tvkeras.train --run_dir={run_dir} ..."
         )
     about = json.loads(path.read_text())
-    missing = {"model", "model_arguments", "num_classes"} - about.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
+    if missing := RUN_ENTRIES - about.keys():
+        raise ValueError(
+            f"{path} lacks {sorted(missing)}: the run is not finished, or of an older tvkeras."
+        )
     classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
     classifier.load_weights(run_dir / "best.weights.h5")
     return classifier, about
+
+
+def _check_radii(
+    trials: Sequence[suite.Trial], epsilons: Mapping[str, Sequence[float | str]]
+) -> None:
+    for norm, radii in epsilons.items():
+        argument = f"epsilons[{norm!r}]"
+        checks.one_of("a norm of epsilons", norm, norms.DUALS)
+        values = [checks.epsilon(radius, argument) for radius in checks.sequence(argument, radii)]
+        if max(values, default=0) <= 0:
+            raise ValueError(f"{argument} must hold a radius above 0, got {radii!r}.")
+    needed = {"l2", *(trial.attack.norm for trial in trials)}  # l2 for the bounds
+    if not trials or needed - epsilons.keys():
+        raise ValueError(
+            f"epsilons must give radii in {sorted(needed)} for at least one trial, got "
+            f"epsilons={dict(epsilons)!r} and {len(trials)} trials."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Twin:
+    """Another evaluation: its name, worst-case distances by norm, and classifier."""
+
+    name: str
+    distances: Mapping[str, np.ndarray]
+    classifier: keras.Model | None
+
+
+def _load_twin(folder: pathlib.Path, test_set: str) -> _Twin:
+    """Reads the evaluation in `folder`, which must be on the images of `test_set`."""
+    path, table = folder / "card.json", folder / "examples.csv"
+    if not path.exists() or not table.exists():
+        raise ValueError(
+            "twin must be the folder of an evaluation, with card.json and examples.csv, got "
+            f"{str(folder)!r}. Evaluate that run first; its folder is <run>/evaluation."
+        )
+    about = json.loads(path.read_text())
+    if about["dataset"] != test_set:
+        raise ValueError(f"twin must be evaluated on {test_set!r}, got one on {about['dataset']!r}")
+    around = folder.resolve().parent
+    classifier = load_run(around)[0] if (around / "run.json").exists() else None
+    return _Twin(about["name"], suite.read_worst_cases(table), classifier)
+
+
+def _audit(
+    model: AttackedClassifier,
+    examples: data.Examples,
+    norm: str,
+    epsilons: Sequence[float | str],
+    twin: _Twin | None,
+    *,
+    seed: int,
+    batch_size: int,
+) -> card.AuditReport:
+    """The audit of the attacks in one norm; none in l1."""
+    if norm not in ORDERS:
+        return card.AuditReport(
+            norm=norm, verdict="not audited", images=0, surrogate=None, checks=()
+        )
+    print(f"audit {norm}", flush=True)
+    found = audit(
+        model,
+        examples.images,
+        examples.labels,
+        norm=norm,
+        epsilons=[epsilon for epsilon in epsilons if checks.epsilon(epsilon) > 0],
+        seed=seed,
+        surrogate=twin and twin.classifier,
+        batch_size=batch_size,
+    )
+    return card.AuditReport(
+        norm=norm,
+        verdict=found.verdict,
+        images=len(examples),
+        surrogate=twin.name if twin and twin.classifier else None,
+        checks=found.checks,
+    )
 
 
 def _detection(
@@ -234,16 +343,15 @@ def _draw(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     curves: Mapping[str, Mapping[str, Any]],
     detection: Sequence[card.DetectionReport],
-    twin: str | None,
+    twin: _Twin | None,
 ) -> dict[str, str]:
     """Draws the figures; returns the file of each caption."""
     drawn = {}
     table = suite.read_worst_cases(folder / "examples.csv")
     lines = {norm: {"this model": distances} for norm, distances in table.items()}
     if twin is not None:
-        other = suite.read_worst_cases(pathlib.Path(twin) / "examples.csv")
-        for norm in lines.keys() & other.keys():
-            lines[norm][pathlib.Path(twin).parent.name or twin] = other[norm]
+        for norm in lines.keys() & twin.distances.keys():
+            lines[norm][twin.name] = twin.distances[norm]
     figures.distance_curves(lines, folder / "distances.png")
     drawn["Error against perturbation size, worst case over attacks"] = "distances.png"
     for report in detection:
@@ -300,6 +408,9 @@ def main(_: list[str]) -> None:
     for worst in result.worst_case:
         errors = ", ".join(f"{100 * r.value:.1f} % at {e}" for e, r in worst.error.items())
         print(f"worst case in {worst.norm}: {errors}")
+    for report in result.audit:
+        failed = ", ".join(report.named("fail"))
+        print(f"audit in {report.norm}: {report.verdict}" + (f" ({failed})" if failed else ""))
     print(f"card: {output}/README.md")
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from scipy import stats
 
 from tvkeras.evaluation import suite
+from tvkeras.evaluation.case import Check
 from tvkeras.evaluation.suite import Outcome
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no audit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,29 @@ class BoundReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """What `evaluation.audit` says of the attacks in one norm.
+
+    Attributes:
+        norm: Norm of the perturbations.
+        verdict: "reliable", "unreliable" or "not audited".
+        images: How many of the first test images it looked at.
+        surrogate: Name of the model whose adversarial images were tried too, if any.
+        checks: In the order they were made.
+    """
+
+    norm: str
+    verdict: str
+    images: int
+    surrogate: str | None
+    checks: tuple[Check, ...]
+
+    def named(self, status: str) -> list[str]:
+        """Names of the checks of one status."""
+        return [check.name for check in self.checks if check.status == status]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """All that was measured on one model, with what it takes to measure it again.
 
@@ -143,6 +167,7 @@ class Card:
             ||grad l||_2 at the true label, `model` ||grad f||_{2,inf}.
         attacks: One report for each attack.
         worst_case: One for each norm.
+        audit: One for each norm.
         detection: One for each statistic.
         bounds: One for each kind.
         figures: File beside the card, by caption.
@@ -160,11 +185,17 @@ class Card:
     gradient_norms: dict[str, dict[str, float]]
     attacks: tuple[AttackReport, ...]
     worst_case: tuple[WorstCase, ...]
+    audit: tuple[AuditReport, ...]
     detection: tuple[DetectionReport, ...]
     bounds: tuple[BoundReport, ...]
     figures: dict[str, str]
     versions: dict[str, str]
     schema: int = SCHEMA
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether the audit found that the attacks miss adversarial images."""
+        return any(report.verdict == "unreliable" for report in self.audit)
 
     def to_json(self) -> str:
         """The card as JSON text; `from_json` is the inverse."""
@@ -175,15 +206,18 @@ class Card:
         """Reads a card.
 
         Raises:
-            ValueError: If the text is of a newer format.
+            ValueError: If the text is of another format.
         """
         content = json.loads(text)
         if content.get("schema") != SCHEMA:
             raise ValueError(
                 f"the card has schema={content.get('schema')!r}, this tvkeras reads {SCHEMA}. "
-                "Use the tvkeras that wrote it, or a newer one."
+                "Use the tvkeras that wrote it, or run the evaluation again: results of attacks "
+                "that it kept are used."
             )
         content["clean_error"] = Rate(**content["clean_error"])
+        for report in content["audit"]:
+            report["checks"] = tuple(Check(**check) for check in report["checks"])
         for field, kind in _PARTS.items():
             content[field] = tuple(kind(**_rates(part)) for part in content[field])
         return cls(**content)
@@ -192,6 +226,7 @@ class Card:
 _PARTS: dict[str, Any] = {
     "attacks": AttackReport,
     "worst_case": WorstCase,
+    "audit": AuditReport,
     "detection": DetectionReport,
     "bounds": BoundReport,
 }
@@ -250,8 +285,9 @@ def render(card: Card) -> str:
     """The card as Markdown, with the metadata that model hubs read."""
     lines = [
         *_metadata(card),
-        f"# {card.name}",
+        f"# {card.name}" + (": unreliable" if card.unreliable else ""),
         "",
+        *_warning(card),
         f"{card.model['parameters']:,} parameters, trained on {card.training['dataset']} with "
         f"`{card.training['defense']}`. Images are float32 in [0, 1], with no other "
         "normalisation; distances are in those units. Errors are in %, with 95 % intervals.",
@@ -270,6 +306,7 @@ def render(card: Card) -> str:
             [["error", *map(_percent, worst.error.values()), _number(worst.median_distance)]],
             last=next(iter(worst.error.values())).n,
         )
+    lines += _audit(card)
     lines += ["## Attack by attack", ""]
     rows = [
         [
@@ -298,7 +335,7 @@ def render(card: Card) -> str:
             for key, name in (("loss", "‖∇loss‖2"), ("model", "‖∇f‖2,∞"))
         ],
     )
-    lines += ["## Detection by gradient norm", ""]
+    lines += ["## Detection by gradient norm", ""] if card.detection else []
     for report in card.detection:
         lines += [
             f"Statistic `{report.statistic}`, threshold {report.threshold:.4g}: rejects "
@@ -346,6 +383,63 @@ def write(card: Card, folder: pathlib.Path) -> None:
     (folder / "README.md").write_text(render(card))
 
 
+def _warning(card: Card) -> list[str]:
+    """What an unreliable card says before anything else."""
+    found = [f"`{name}` ({r.norm})" for r in card.audit for name in r.named("fail")]
+    if not card.unreliable:
+        return []
+    return [
+        f"> **Unreliable: quote no robust accuracy of this page.** The audit failed: "
+        f"{', '.join(found)}. The attacks miss adversarial images that exist, or cannot be "
+        "trusted to report them.",
+        "",
+    ]
+
+
+def _audit(card: Card) -> list[str]:
+    """The verdict of each norm, a table of the checks, and advice on those that do not pass."""
+    audited = [report for report in card.audit if report.checks]
+    lines = ["## Can these errors be believed?", ""]
+    lines += [f"- {report.norm}: **{report.verdict}**{_counts(report)}" for report in card.audit]
+    lines += [""]
+    if not audited:
+        return lines
+    surrogates = {report.surrogate for report in audited} - {None}
+    tried = f"; adversarial images of {', '.join(map(str, surrogates))}" if surrogates else ""
+    lines += [
+        "The audit checks classifier and attack, and looks for signs that gradients mislead: "
+        f"20-step PGD on the first {audited[0].images:,} images against other attacks{tried}. "
+        "What each figure is: the function of that name in `tvkeras.evaluation.sanity` or "
+        "`tvkeras.evaluation.masking`.",
+        "",
+    ]
+    names = dict.fromkeys(check.name for report in audited for check in report.checks)
+    rows = [[f"`{name}`", *(_status(report, name) for report in audited)] for name in names]
+    lines += _table(["check", *(report.norm for report in audited)], rows)
+    advice = [
+        f"- `{check.name}` ({report.norm}, {check.status}): {check.advice}"
+        for report in audited
+        for check in report.checks
+        if check.status != "pass"
+    ]
+    return [*lines, *advice, *([""] if advice else [])]
+
+
+def _counts(report: AuditReport) -> str:
+    if not report.checks:
+        return ", because the audit knows l2 and linf alone"
+    counts = {status: len(report.named(status)) for status in ("pass", "warn", "fail")}
+    return f" ({', '.join(f'{count} {status}' for status, count in counts.items() if count)})"
+
+
+def _status(report: AuditReport, name: str) -> str:
+    for check in report.checks:
+        if check.name == name:
+            figure = _number(check.figure)
+            return f"{figure}" if check.status == "pass" else f"{figure} **{check.status}**"
+    return ""
+
+
 def _metadata(card: Card) -> list[str]:
     """Front matter in the form of Hugging Face's `model-index`."""
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
@@ -361,9 +455,10 @@ def _metadata(card: Card) -> list[str]:
     ]
     for worst in card.worst_case:
         for epsilon, error in worst.error.items():
+            name = f"worst case over attacks, {worst.norm} {epsilon}"
             lines += [
                 "    - type: robust_accuracy",
-                f"      name: worst case over attacks, {worst.norm} {epsilon}",
+                f"      name: {name}{' (unreliable)' if card.unreliable else ''}",
                 f"      value: {1 - error.value:.4f}",
             ]
     return [*lines, "---", ""]

@@ -43,8 +43,8 @@ def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pat
     figure = matplotlib.figure.Figure(figsize=(4.8 * len(distances), 3.6), layout="constrained")
     panels = figure.subplots(1, len(distances), squeeze=False, sharey=True)[0]
     for axes, (norm, lines) in zip(panels, distances.items(), strict=True):
-        finite = np.concatenate([d[np.isfinite(d)] for d in lines.values()])
-        edge = 1.1 * np.quantile(finite, 0.98)
+        found = np.concatenate([d[np.isfinite(d) & (d > 0)] for d in lines.values()])
+        edge = 1.1 * np.quantile(found, 0.98) if len(found) else 1.0
         for name, values in lines.items():
             shares = 100 * np.arange(len(values) + 1) / len(values)
             steps = np.concatenate([[0.0], np.sort(values)])

@@ -1,13 +1,13 @@
 """Evaluates a run: `python -m tvkeras.evaluate --gin_file=gin/evaluate_cifar.gin --model=RUN`."""
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,11 +25,10 @@ from tvkeras.evaluation.case import ORDERS
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
 SHOWN_EXAMPLES = 6
 
-# Of `run.json`: what it takes to evaluate a run; its results come last.
-RUN_ENTRIES = {
-    *("model", "model_arguments", "num_classes", "parameters", "defense", "epochs"),
-    *("dataset", "data_sha256", "validation_fraction", "results"),
-}
+# Of `run.json`: what cards repeat, and what it takes to evaluate a run; its results come last.
+MODEL_ENTRIES = ("model", "model_arguments", "num_classes", "parameters")
+TRAINING_ENTRIES = ("defense", "dataset", "epochs", "data_sha256")
+RUN_ENTRIES = {*MODEL_ENTRIES, *TRAINING_ENTRIES, "validation_fraction", "results"}
 
 
 def evaluate(
@@ -83,7 +82,7 @@ def evaluate(
         ("audited_images", audited_images),
     ):
         checks.whole_number(name, count, minimum=1)
-    _check_radii(trials, epsilons)
+    _check_trials(trials, epsilons, clean_images)
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
     classifier, about = load_run(run)
     model = AttackedClassifier(classifier)
@@ -103,7 +102,10 @@ def evaluate(
 
     # ---- Clean images ----------------------------------------------------------------
     _, predicted, sizes = loss_statistics(model, test.images, test.labels, "l2", batch_size)
-    rows = gradient_norms(model, test.images, "l2", "model", batch_size)
+    gradients = {
+        statistic: gradient_norms(model, test.images, "l2", statistic, batch_size)
+        for statistic in {"model", *statistics}
+    }
 
     # ---- Attacks ---------------------------------------------------------------------
     outcomes = suite.run(
@@ -121,10 +123,7 @@ def evaluate(
     attacked = max(trial.images for trial in trials)
 
     # ---- Detection and bounds ---------------------------------------------------------
-    adversarial = {
-        outcome.trial.name: list(outcome.results.values())[-1]  # at the largest radius
-        for outcome in outcomes
-    }
+    adversarial = dict(_farthest(outcome) for outcome in outcomes)
     detection, scores, curves = [], {}, {}
     for detector in detectors:
         evading = detector.adaptive_attack(**(evasive or {}))(
@@ -137,7 +136,12 @@ def evaluate(
             resume_dir=folder / "attacks" / f"evasive-{detector.statistic}",
         )
         report, scores[detector.statistic], curves[detector.statistic] = _detection(
-            detector, model, test.images[:attacked], {**adversarial, "evasive": evading}, evading
+            detector,
+            model,
+            gradients[detector.statistic],
+            as_float(test.images),
+            {**adversarial, "evasive": evading},
+            len(held_out),
         )
         detection.append(report)
     images, labels = as_float(test.images[:attacked]), test.labels[:attacked]
@@ -162,19 +166,19 @@ def evaluate(
 
     # ---- Card ------------------------------------------------------------------------
     result = card.Card(
-        name=run.name,
+        name=run.resolve().name,
         command=command,
         model={
-            **{key: about[key] for key in ("model", "model_arguments", "parameters")},
+            **{key: about[key] for key in MODEL_ENTRIES},
             "weights_sha256": hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest(),
         },
-        training={key: about[key] for key in ("defense", "dataset", "epochs", "data_sha256")},
+        training={key: about[key] for key in TRAINING_ENTRIES},
         dataset=test_set,
         seed=seed,
         clean_error=card.rate(predicted != test.labels),
         gradient_norms={
             name: {"mean": float(values.mean()), "max": float(values.max())}
-            for name, values in (("loss", sizes), ("model", rows))
+            for name, values in (("loss", sizes), ("model", gradients["model"]))
         },
         attacks=tuple(card.attack_report(o, epsilons[o.trial.attack.norm]) for o in outcomes),
         worst_case=tuple(
@@ -184,7 +188,7 @@ def evaluate(
         detection=tuple(detection),
         bounds=tuple(_bound_report(bound, labels, epsilons[bound.norm]) for bound in proved),
         figures=_draw(folder, outcomes, images, scores, curves, detection, other),
-        versions=runs.versions(),
+        versions=runs.versions(*_libraries(trials)),
     )
     card.write(result, folder)
     return result
@@ -212,8 +216,10 @@ def load_run(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
     return classifier, about
 
 
-def _check_radii(
-    trials: Sequence[suite.Trial], epsilons: Mapping[str, Sequence[float | str]]
+def _check_trials(
+    trials: Sequence[suite.Trial],
+    epsilons: Mapping[str, Sequence[float | str]],
+    clean_images: int,
 ) -> None:
     for norm, radii in epsilons.items():
         argument = f"epsilons[{norm!r}]"
@@ -226,6 +232,12 @@ def _check_radii(
         raise ValueError(
             f"epsilons must give radii in {sorted(needed)} for at least one trial, got "
             f"epsilons={dict(epsilons)!r} and {len(trials)} trials."
+        )
+    attacked = max(trial.images for trial in trials)
+    if attacked > clean_images:
+        raise ValueError(
+            f"clean_images must be at least the images of every trial, {attacked}, got "
+            f"clean_images={clean_images}. Raise it, or lower Trial.images."
         )
 
 
@@ -292,22 +304,27 @@ def _audit(
 def _detection(
     detector: GradientNormDetector,
     model: AttackedClassifier,
+    clean_scores: np.ndarray,
     images: np.ndarray,
     adversarial: Mapping[str, AttackResult],
-    evading: AttackResult,
+    held_out: int,
 ) -> tuple[card.DetectionReport, dict[str, np.ndarray], dict[str, Any]]:
     """The report, the scores and the ROC curves, by attack."""
-    scores = {"clean": detector.scores(model, images)}
+    scores = {"clean": clean_scores}
     distances = {}
     for name, result in adversarial.items():
         moved = result.success & (result.distance > 0)  # not those that were wrong without it
         if moved.any():
             scores[name] = detector.scores(model, result.x_adv[moved])
-            distances[name] = float(np.median(result.distance[moved]))
+            changes = (result.x_adv - images[: len(moved)])[moved]
+            distances[name] = float(
+                np.median(np.linalg.norm(changes.reshape(len(changes), -1), axis=1))
+            )
     curves = {name: roc(scores["clean"], scores[name]) for name in distances}
     report = card.DetectionReport(
         statistic=detector.statistic,
         threshold=detector.threshold,
+        held_out_images=held_out,
         false_positive_rate=card.rate(scores["clean"] >= detector.threshold),
         detected={name: card.rate(scores[name] >= detector.threshold) for name in distances},
         at={
@@ -315,9 +332,23 @@ def _detection(
             for name, curve in curves.items()
         },
         median_distance=distances,
-        evasive_success=card.rate(evading.success),
+        evasive_success=card.rate(adversarial["evasive"].success),
     )
     return report, scores, curves
+
+
+def _libraries(trials: Sequence[suite.Trial]) -> list[str]:
+    """The libraries whose attacks are among the trials."""
+    homes = attacks.TENSORFLOW_ATTACKS
+    names = {type(trial.attack).__name__ for trial in trials}
+    return sorted({homes[name] for name in names & homes.keys()})
+
+
+def _farthest(outcome: suite.Outcome) -> tuple[str, AttackResult]:
+    """Name and result of a trial, at its largest radius if it has any."""
+    radius = max(outcome.results, key=lambda text: checks.epsilon(text or 0))
+    name = outcome.trial.name
+    return f"{name}, ε = {radius}" if radius else name, outcome.results[radius]
 
 
 def _bound_report(
@@ -356,7 +387,7 @@ def _draw(
     drawn["Error against perturbation size, worst case over attacks"] = "distances.png"
     for report in detection:
         name = report.statistic
-        figures.score_histogram(scores[name], report.threshold, folder / f"scores_{name}.png")
+        figures.score_histograms(scores[name], report.threshold, folder / f"scores_{name}.png")
         drawn[f"Gradient norms ({name}), clean and attacked"] = f"scores_{name}.png"
         figures.roc_curves(curves[name], folder / f"roc_{name}.png")
         drawn[f"ROC of the detector ({name})"] = f"roc_{name}.png"
@@ -365,13 +396,13 @@ def _draw(
         key=lambda outcome: np.median(outcome.distance),
         default=outcomes[-1],
     )
-    result = list(nearest.results.values())[-1]
+    name, result = _farthest(nearest)
     shown = np.flatnonzero(result.success & (result.distance > 0))[:SHOWN_EXAMPLES]
     if len(shown):
         titles = [f"{nearest.trial.attack.norm} {result.distance[i]:.2g}" for i in shown]
         path = folder / "examples.png"
         figures.adversarial_images(images[shown], result.x_adv[shown], titles, path)
-        drawn[f"Adversarial images found by {nearest.trial.name}"] = path.name
+        drawn[f"Adversarial images found by {name}"] = path.name
     return drawn
 
 
@@ -380,14 +411,23 @@ _MODEL = flags.DEFINE_string("model", None, "A run folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write; default: <model>/evaluation.")
 
 
-def library_attacks() -> list[type[attacks.Attack]]:
-    """CleverHans's and Foolbox's attacks, where they can be had."""
-    found = []
-    if keras.backend.backend() == "tensorflow":
-        for name in attacks.TENSORFLOW_ATTACKS:
-            with contextlib.suppress(ImportError):  # Foolbox is an extra
-                found.append(getattr(attacks, name))
-    return found
+@functools.cache
+def library_attacks() -> list[Callable[..., attacks.Attack]]:
+    """CleverHans's and Foolbox's attacks; for one that cannot be had, what says why."""
+    return [_library_attack(name) for name in attacks.TENSORFLOW_ATTACKS]
+
+
+def _library_attack(name: str) -> Callable[..., attacks.Attack]:
+    try:
+        return getattr(attacks, name)
+    except ImportError as error:
+        why = str(error)
+
+    def refuse(**_: Any) -> attacks.Attack:
+        raise ValueError(f"{name} cannot be had: {why}")
+
+    refuse.__name__ = name
+    return refuse
 
 
 def main(_: list[str]) -> None:

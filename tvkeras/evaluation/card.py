@@ -75,11 +75,13 @@ class WorstCase:
 
     Attributes:
         norm: Norm of the perturbations.
+        clean_error: Share of the same examples misclassified without an attack.
         error: Share of examples misclassified, by radius as text.
         median_distance: As in `AttackReport`, over all attacks.
     """
 
     norm: str
+    clean_error: Rate
     error: dict[str, Rate]
     median_distance: float | None
 
@@ -90,18 +92,20 @@ class DetectionReport:
 
     Attributes:
         statistic: "loss" or "model".
-        threshold: Rejected from this size on; chosen on held-out clean images.
+        threshold: Rejected from this size on.
+        held_out_images: How many clean training images it was chosen on.
         false_positive_rate: Share of clean test images rejected.
         detected: By attack: share of its adversarial images rejected at that threshold.
         at: By attack, then by false-positive rate on the test images as text: the
             share rejected.
-        median_distance: By attack, of its adversarial images.
+        median_distance: By attack, l2 distance of its adversarial images.
         evasive_success: Share of images for which the evasive attack found a
             misclassified one that is not rejected.
     """
 
     statistic: str
     threshold: float
+    held_out_images: int
     false_positive_rate: Rate
     detected: dict[str, Rate]
     at: dict[str, dict[str, float]]
@@ -268,6 +272,7 @@ def worst_case_report(
     fixed_only = all(o.trial.attack.fixed_epsilon for o in outcomes if o.trial.attack.norm == norm)
     return WorstCase(
         norm=norm,
+        clean_error=rate(suite.broken(distances, 0)),
         error={str(e): rate(suite.broken(distances, e)) for e in epsilons},
         median_distance=None if fixed_only else _median(distances),
     )
@@ -288,112 +293,77 @@ def render(card: Card) -> str:
         f"# {card.name}" + (": unreliable" if card.unreliable else ""),
         "",
         *_warning(card),
-        f"{card.model['parameters']:,} parameters, trained on {card.training['dataset']} with "
-        f"`{card.training['defense']}`. Images are float32 in [0, 1], with no other "
-        "normalisation; distances are in those units. Errors are in %, with 95 % intervals.",
-        "",
-        f"Clean error: **{_percent(card.clean_error)}** on {card.dataset}, "
-        f"{card.clean_error.n:,} images.",
-        "",
-        "## Worst case over the attacks",
-        "",
-        "An example falls if any attack breaks it. This is the figure to quote.",
-        "",
+        *_introduction(card),
+        *_worst_case(card),
+        *_audit(card),
+        *_attacks(card),
+        *_gradients(card),
+        *_detection(card),
+        *_bounds(card),
     ]
-    for worst in card.worst_case:
-        lines += _table(
-            [worst.norm, *(f"ε = {e}" for e in worst.error), "median distance", "images"],
-            [["error", *map(_percent, worst.error.values()), _number(worst.median_distance)]],
-            last=next(iter(worst.error.values())).n,
-        )
-    lines += _audit(card)
-    lines += ["## Attack by attack", ""]
-    rows = [
-        [
-            report.name,
-            report.norm,
-            ", ".join(f"{_percent(r)} @ {e}" for e, r in report.error.items()),
-            _number(report.median_distance),
-            f"{report.median_queries:.0f}",
-            str(next(iter(report.error.values())).n),
-        ]
-        for report in card.attacks
-    ]
-    lines += _table(
-        ["attack", "norm", "error @ ε", "median distance", "median queries", "images"], rows
-    )
-    lines += [f"- {report.name}: `{report.settings}`" for report in card.attacks]
-    lines += ["", "## Gradients", ""]
-    lines += _table(
-        ["", "mean", "maximum"],
-        [
-            [
-                name,
-                f"{card.gradient_norms[key]['mean']:.3f}",
-                f"{card.gradient_norms[key]['max']:.2f}",
-            ]
-            for key, name in (("loss", "‖∇loss‖2"), ("model", "‖∇f‖2,∞"))
-        ],
-    )
-    lines += ["## Detection by gradient norm", ""] if card.detection else []
-    for report in card.detection:
-        lines += [
-            f"Statistic `{report.statistic}`, threshold {report.threshold:.4g}: rejects "
-            f"{_percent(report.false_positive_rate)} of clean images. The evasive attack succeeds "
-            f"unnoticed on {_percent(report.evasive_success)}.",
-            "",
-        ]
-        lines += _table(
-            ["attack", "detected", "at 1 / 5 / 10 % false positives", "median l2"],
-            [
-                [
-                    name,
-                    _percent(found),
-                    " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
-                    _number(report.median_distance[name]),
-                ]
-                for name, found in report.detected.items()
-            ],
-        )
-    lines += ["## Bounds", ""]
-    lines += _table(
-        ["kind", "norm", "median radius", "not proved right, %", "takes for granted"],
-        [
-            [
-                report.kind,
-                report.norm,
-                f"{report.median_radius:.3g}",
-                ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
-                report.assumptions,
-            ]
-            for report in card.bounds
-        ],
-    )
     for caption, file in card.figures.items():
-        lines += [f"![{caption}]({file})", f"*{caption}*", ""]
-    lines += ["## How it was made", "", f"    {card.command}", ""]
+        lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+    lines += ["## How it was made", "", "```", card.command, "```", ""]
     about = {**card.training, **card.model, **card.versions, "seed": card.seed}
     lines += [f"- {name}: `{value}`" for name, value in about.items()]
     return "\n".join(lines) + "\n"
 
 
-def write(card: Card, folder: pathlib.Path) -> None:
-    """Writes `card.json` and `README.md` into a folder."""
-    (folder / "card.json").write_text(card.to_json())
-    (folder / "README.md").write_text(render(card))
-
-
 def _warning(card: Card) -> list[str]:
     """What an unreliable card says before anything else."""
-    found = [f"`{name}` ({r.norm})" for r in card.audit for name in r.named("fail")]
     if not card.unreliable:
         return []
+    failed = [f"`{name}` ({report.norm})" for report in card.audit for name in report.named("fail")]
     return [
-        f"> **Unreliable: quote no robust accuracy of this page.** The audit failed: "
-        f"{', '.join(found)}. The attacks miss adversarial images that exist, or cannot be "
+        "> **Unreliable: quote no robust accuracy of this page.** The audit failed: "
+        f"{', '.join(failed)}. The attacks miss adversarial images that exist, or cannot be "
         "trusted to report them.",
         "",
     ]
+
+
+def _introduction(card: Card) -> list[str]:
+    about = card.model
+    shape = about["model_arguments"].get("input_shape")
+    return [
+        f"`{about['model']}`, {about['parameters']:,} parameters, trained for "
+        f"{card.training['epochs']} epochs on {card.training['dataset']} with "
+        f"`{card.training['defense']}`.",
+        "",
+        f"Input: float32 images in [0, 1]{f' of shape {tuple(shape)}' if shape else ''}; any "
+        f"normalisation is inside the model. Output: logits of {about['num_classes']} classes. "
+        "Radii (ε) and distances are in units of the pixels.",
+        "",
+        f"Clean error: **{_percent(card.clean_error)} %** on {card.clean_error.n:,} images of "
+        f"{card.dataset}. Attacks meet the first of these images, as many as each table says; "
+        f"seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson intervals, for "
+        "the choice of test images alone.",
+        "",
+    ]
+
+
+def _worst_case(card: Card) -> list[str]:
+    lines = [
+        "## Worst case over the attacks",
+        "",
+        "The figure to quote. An image counts as soon as any attack in the norm breaks it, or if "
+        "it is misclassified without (ε = 0); over the first images, those that all of the "
+        "attacks met. Other attacks may find more.",
+        "",
+    ]
+    for worst in card.worst_case:
+        lines += _table(
+            [worst.norm, "ε = 0", *(f"ε = {e}" for e in worst.error), "median distance", "images"],
+            [
+                [
+                    "error, %",
+                    *map(_percent, (worst.clean_error, *worst.error.values())),
+                    _number(worst.median_distance),
+                    f"{worst.clean_error.n:,}",
+                ]
+            ],
+        )
+    return lines
 
 
 def _audit(card: Card) -> list[str]:
@@ -404,17 +374,17 @@ def _audit(card: Card) -> list[str]:
     lines += [""]
     if not audited:
         return lines
-    surrogates = {report.surrogate for report in audited} - {None}
-    tried = f"; adversarial images of {', '.join(map(str, surrogates))}" if surrogates else ""
+    surrogate = audited[0].surrogate
     lines += [
-        "The audit checks classifier and attack, and looks for signs that gradients mislead: "
-        f"20-step PGD on the first {audited[0].images:,} images against other attacks{tried}. "
-        "What each figure is: the function of that name in `tvkeras.evaluation.sanity` or "
-        "`tvkeras.evaluation.masking`.",
+        "The audit checks classifier and attack, and compares 20-step PGD with other attacks"
+        f"{f' and with adversarial images of {surrogate}' if surrogate else ''} on the first "
+        f"{audited[0].images:,} images, for signs that the gradient misleads. `reliable` means "
+        "that it found none. Each figure is what the function of that name in "
+        "`tvkeras.evaluation.sanity` or `tvkeras.evaluation.masking` says.",
         "",
     ]
     names = dict.fromkeys(check.name for report in audited for check in report.checks)
-    rows = [[f"`{name}`", *(_status(report, name) for report in audited)] for name in names]
+    rows = [[f"`{name}`", *(_figure(report, name) for report in audited)] for name in names]
     lines += _table(["check", *(report.norm for report in audited)], rows)
     advice = [
         f"- `{check.name}` ({report.norm}, {check.status}): {check.advice}"
@@ -422,28 +392,133 @@ def _audit(card: Card) -> list[str]:
         for check in report.checks
         if check.status != "pass"
     ]
-    return [*lines, *advice, *([""] if advice else [])]
+    return [*lines, *advice, ""] if advice else lines
 
 
 def _counts(report: AuditReport) -> str:
     if not report.checks:
-        return ", because the audit knows l2 and linf alone"
+        return ": the audit knows l2 and linf alone"
     counts = {status: len(report.named(status)) for status in ("pass", "warn", "fail")}
     return f" ({', '.join(f'{count} {status}' for status, count in counts.items() if count)})"
 
 
-def _status(report: AuditReport, name: str) -> str:
+def _figure(report: AuditReport, name: str) -> str:
     for check in report.checks:
         if check.name == name:
-            figure = _number(check.figure)
-            return f"{figure}" if check.status == "pass" else f"{figure} **{check.status}**"
+            status = "" if check.status == "pass" else f" **{check.status}**"
+            return f"{_number(check.figure)}{status}"
     return ""
+
+
+def _attacks(card: Card) -> list[str]:
+    rows = [
+        [
+            report.name,
+            report.norm,
+            ", ".join(f"{100 * r.value:.1f} @ {e}" for e, r in report.error.items()),
+            _number(report.median_distance),
+            f"{report.median_queries:.0f}",
+            f"{next(iter(report.error.values())).n:,}",
+        ]
+        for report in card.attacks
+    ]
+    return [
+        "## Attack by attack",
+        "",
+        "Median distance: half of the images have an adversarial one at most that far away, 0 if "
+        "they are misclassified without; for attacks that look for the nearest. Queries: calls of "
+        "the model for an image that is classified rightly, a gradient counted as one.",
+        "",
+        *_table(
+            ["attack", "norm", "error, % @ ε", "median distance", "median queries", "images"], rows
+        ),
+        *(f"- {report.name}: `{report.settings}`" for report in card.attacks),
+        "",
+    ]
+
+
+def _gradients(card: Card) -> list[str]:
+    names = {
+        "loss": "‖∇loss‖2, at the true label",
+        "model": "‖∇f‖2,∞, the longest gradient of a probability",
+    }
+    rows = [
+        [name, f"{card.gradient_norms[key]['mean']:.3f}", f"{card.gradient_norms[key]['max']:.2f}"]
+        for key, name in names.items()
+    ]
+    heading = f"over {card.clean_error.n:,} images"
+    return ["## Gradients", "", *_table([heading, "mean", "maximum"], rows)]
+
+
+def _detection(card: Card) -> list[str]:
+    lines = ["## Detection by gradient norm", ""] if card.detection else []
+    for report in card.detection:
+        lines += [
+            f"Statistic `{report.statistic}`: images of a norm from {report.threshold:.4g} on are "
+            f"rejected, chosen on {report.held_out_images:,} held-out training images; of "
+            f"{report.false_positive_rate.n:,} clean test images that is "
+            f"{_percent(report.false_positive_rate)} %. The evasive attack, which knows the "
+            "detector, finds a misclassified image that is not rejected for "
+            f"{_percent(report.evasive_success)} % of {report.evasive_success.n:,} images. The "
+            "table is over the adversarial images found.",
+            "",
+        ]
+        rates = " / ".join(f"{100 * float(r):.0f}" for r in next(iter(report.at.values()), ()))
+        lines += _table(
+            [
+                "attack",
+                "rejected, %",
+                f"at {rates} % false positives",
+                "median l2 distance",
+                "adversarial images",
+            ],
+            [
+                [
+                    name,
+                    _percent(found),
+                    " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
+                    _number(report.median_distance[name]),
+                    f"{found.n:,}",
+                ]
+                for name, found in report.detected.items()
+            ],
+        )
+    return lines
+
+
+def _bounds(card: Card) -> list[str]:
+    rows = [
+        [
+            report.kind,
+            report.norm,
+            f"{report.median_radius:.3g}",
+            ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
+            report.assumptions,
+        ]
+        for report in card.bounds
+    ]
+    return [
+        "## Bounds",
+        "",
+        "Radii within which no attack should succeed, over the attacked images: only a certified "
+        "one is proved.",
+        "",
+        *_table(
+            ["kind", "norm", "median radius", "error at most, % @ ε", "takes for granted"], rows
+        ),
+    ]
+
+
+def write(card: Card, folder: pathlib.Path) -> None:
+    """Writes `card.json` and `README.md` into a folder."""
+    (folder / "card.json").write_text(card.to_json())
+    (folder / "README.md").write_text(render(card))
 
 
 def _metadata(card: Card) -> list[str]:
     """Front matter in the form of Hugging Face's `model-index`."""
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
-    lines += ["model-index:", f"- name: {card.name}", "  results:"]
+    lines += ["model-index:", f"- name: {json.dumps(card.name)}", "  results:"]
     lines += ["  - task: {type: image-classification}"]
     lines += [
         f"    dataset: {{name: {card.training['dataset']}, type: {card.training['dataset']}}}"
@@ -455,7 +530,7 @@ def _metadata(card: Card) -> list[str]:
     ]
     for worst in card.worst_case:
         for epsilon, error in worst.error.items():
-            name = f"worst case over attacks, {worst.norm} {epsilon}"
+            name = f"worst case over attacks, {worst.norm} {epsilon}, first {error.n} images"
             lines += [
                 "    - type: robust_accuracy",
                 f"      name: {name}{' (unreliable)' if card.unreliable else ''}",
@@ -464,10 +539,7 @@ def _metadata(card: Card) -> list[str]:
     return [*lines, "---", ""]
 
 
-def _table(
-    heading: Sequence[str], rows: Sequence[Sequence[str]], last: int | None = None
-) -> list[str]:
-    rows = [[*row, str(last)] for row in rows] if last is not None else rows
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heading, ["---"] * len(heading), *rows]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 

@@ -2,6 +2,7 @@ import csv
 import json
 import pathlib
 
+import keras
 import numpy as np
 import pytest
 
@@ -18,7 +19,15 @@ TRIALS = (
     ),
     suite.Trial(name="DDN", attack=attacks.DecoupledDirectionNorm(steps=20), images=40),
 )
-EPSILONS = {"l2": (0.25, "1/2")}
+EPSILONS = {"l2": (0, 0.25, "1/2")}
+SETTINGS = {
+    "trials": TRIALS,
+    "epsilons": EPSILONS,
+    "statistics": ("loss",),
+    "evasive": {"steps": 5, "weights": 2},
+    "evasive_images": 10,
+    "audited_images": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +45,31 @@ def run_dir(tmp_path_factory):
 def evaluated(run_dir):
     """Its card, and the folder of it."""
     output = run_dir / "evaluation"
-    found = evaluate.evaluate(
-        run_dir=str(run_dir),
-        output=str(output),
-        trials=TRIALS,
-        epsilons=EPSILONS,
-        statistics=("loss",),
-        evasive={"steps": 5, "weights": 2},
-        evasive_images=10,
+    return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **SETTINGS), output
+
+
+@pytest.fixture(scope="module")
+def masked(run_dir, evaluated, tmp_path_factory):
+    """The same run with its logits scaled until the gradient vanishes: card and folder."""
+    classifier, about = evaluate.load_run(run_dir)
+    scaled = keras.layers.Rescaling(1e5)(classifier.outputs[0])
+    saturated = keras.Model(classifier.inputs, scaled)
+    output = tmp_path_factory.mktemp("masked")
+
+    loads = iter([saturated, classifier])  # the second time as the twin
+    one_in_l1 = suite.Trial(
+        name="PGD l1", attack=attacks.ProjectedGradient(norm="l1"), epsilons=(1,), images=10
     )
-    return found, output
+    settings = {
+        **SETTINGS,
+        "trials": (TRIALS[0], one_in_l1),
+        "epsilons": {**EPSILONS, "l1": (1,)},
+        "twin": str(evaluated[1]),
+        "statistics": (),  # its gradients are zero
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_run", lambda _: (next(loads), about))
+        return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **settings), output
 
 
 def table(output):
@@ -88,6 +112,39 @@ def test_a_card_survives_json_and_is_rendered_from_it_alone(evaluated):
     for file in found.figures.values():
         assert (output / file).read_bytes().startswith(b"\x89PNG")
         assert f"({file})" in page
+
+
+@pytest.mark.slow
+def test_a_card_whose_audit_passes_says_so(evaluated):
+    found, output = evaluated
+    (report,) = found.audit
+    assert (report.norm, report.verdict, report.images) == ("l2", "reliable", 20)
+    assert report.surrogate is None
+    assert "transfer" not in {check.name for check in report.checks}
+    page = (output / "README.md").read_text()
+    assert "\n# " + found.name + "\n" in page
+    assert "- l2: **reliable**" in page
+    assert "unreliable" not in page.lower()
+
+
+@pytest.mark.slow
+def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
+    found, output = masked
+    assert [(report.norm, report.verdict) for report in found.audit] == [
+        ("l1", "not audited"),
+        ("l2", "unreliable"),
+    ]
+    report = found.audit[1]
+    assert report.surrogate == run_dir.name
+    assert {"gradient_free", "transfer"} <= set(report.named("fail"))
+    assert card.Card.from_json((output / "card.json").read_text()) == found
+    page = (output / "README.md").read_text()
+    assert f"\n# {found.name}: unreliable\n\n> **Unreliable" in page
+    assert page.count("(unreliable)") == page.count("type: robust_accuracy") == 4
+    assert "- l1: **not audited**" in page
+    for check in report.checks:
+        assert f"| `{check.name}` |" in page
+        assert (check.advice in page) == (check.status != "pass")
 
 
 @pytest.mark.slow
@@ -165,8 +222,9 @@ def test_bad_settings_of_an_evaluation(tmp_path):
         suite.Trial(name="x", attack=attacks.ProjectedGradient())
     with pytest.raises(ValueError, match="different names"):
         suite.run(None, None, None, [TRIALS[0], TRIALS[0]])
-    with pytest.raises(ValueError, match="schema=99"):
-        card.Card.from_json(json.dumps({"schema": 99}))
+    for schema in (1, 99):
+        with pytest.raises(ValueError, match=f"schema={schema}, .* evaluation again"):
+            card.Card.from_json(json.dumps({"schema": schema}))
 
 
 @pytest.mark.parametrize("path", sorted(pathlib.Path(ROOT).glob("zoo/*/card.json")), ids=str)

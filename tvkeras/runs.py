@@ -104,9 +104,9 @@ def describe(run_dir: pathlib.Path, **entries: Any) -> None:
     checkpoint.write_atomically(run_dir / "run.json", text.encode())
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("tvkeras", "keras", "numpy", keras.backend.backend())
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that a result depends on, and of `more` packages."""
+    packages = ("tvkeras", "keras", "numpy", keras.backend.backend(), *more)
     found = {"python": platform.python_version(), "backend": keras.backend.backend()}
     for package in packages:
         try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import pathlib
 import shlex
 import sys
@@ -13,7 +12,7 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import attacks, bounds, checks, config, data, models, runs
+from tvkeras import attacks, bounds, checks, config, data, runs
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
@@ -74,7 +73,7 @@ def evaluate(
             f"epsilons={dict(epsilons)!r} and {len(trials)} trials."
         )
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
-    classifier, about = load_run(run)
+    classifier, about = runs.load(run)
     model = AttackedClassifier(classifier)
     test = data.load(about["dataset"], test_split)
     test = test.take(np.arange(min(clean_images, len(test))), test_split)
@@ -157,27 +156,6 @@ def evaluate(
     )
     card.write(result, folder)
     return result
-
-
-def load_run(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
-    """A run's classifier at its best epoch, and what `run.json` says of the run.
-
-    Raises:
-        ValueError: If the folder is no finished run of this version.
-    """
-    path = run_dir / "run.json"
-    if not path.exists() or not (run_dir / "best.weights.h5").exists():
-        raise ValueError(
-            f"model must be the folder of a finished run, with run.json and best.weights.h5, got "
-            f"{str(run_dir)!r}. Train one: python -m tvkeras.train --run_dir={run_dir} ..."
-        )
-    about = json.loads(path.read_text())
-    missing = {"model", "model_arguments", "num_classes"} - about.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
-    classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
-    classifier.load_weights(run_dir / "best.weights.h5")
-    return classifier, about
 
 
 def _detection(

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import attacks, bounds, checks, config, data, runs
+from tvkeras import attacks, bounds, checks, config, data, runs, zoo
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
@@ -246,7 +246,9 @@ def _draw(
 
 
 # ---- Command line --------------------------------------------------------------------
-_MODEL = flags.DEFINE_string("model", None, "A run folder.", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "A run folder, or the name of a zoo entry.", required=True
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write; default: <model>/evaluation.")
 
 
@@ -267,7 +269,7 @@ def main(_: list[str]) -> None:
     try:
         config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
         result = evaluate_configured(
-            run_dir=_MODEL.value,
+            run_dir=str(zoo.find(_MODEL.value)),
             output=output,
             command=shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]]),
         )

@@ -121,8 +121,9 @@ def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
     path, weights = run_dir / "run.json", run_dir / "best.weights.h5"
     if not path.exists() or not weights.exists():
         raise ValueError(
-            f"model must be the folder of a finished run, with run.json and best.weights.h5, got "
-            f"{str(run_dir)!r}. Train one: python -m tvkeras.train --run_dir={run_dir} ..."
+            "model must be the folder of a finished run, with run.json and best.weights.h5, or a "
+            f"name of tvkeras.zoo.names(), got {str(run_dir)!r}. Train one: "
+            f"python -m tvkeras.train --run_dir={run_dir} ..."
         )
     about = json.loads(path.read_text())
     missing = {"model", "model_arguments", "num_classes"} - about.keys()
@@ -160,20 +161,23 @@ class _MemoryFile(io.BytesIO):
 def _shapes(file: pathlib.Path | io.BytesIO) -> dict[str, tuple[int, ...]]:
     """Shapes of all arrays of an HDF5 file, which must hold numbers, and hold them itself."""
     shapes: dict[str, tuple[int, ...]] = {}
+    refused = []
 
     def look(name: str, item: h5py.Group | h5py.Dataset) -> None:
         if isinstance(item, h5py.Dataset):
-            if item.dtype.kind not in "fiu" or item.is_virtual or item.external:
-                raise checkpoint.CheckpointError(f"{file} holds no plain numbers at {name}.")
             shapes[name] = item.shape
+            if item.dtype.kind not in "fiu" or item.is_virtual or item.external:
+                refused.append(f"{name} is no array of numbers")
 
-    def refuse_links(name: str, link: Any) -> None:
+    def look_at_link(name: str, link: Any) -> None:
         if not isinstance(link, h5py.HardLink):
-            raise checkpoint.CheckpointError(f"{file} points elsewhere at {name}.")
+            refused.append(f"{name} points elsewhere")
 
     with h5py.File(file, "r") as content:
-        content.visititems_links(refuse_links)
+        content.visititems_links(look_at_link)
         content.visititems(look)
+    if refused:  # not raised above: h5py loses errors there
+        raise checkpoint.CheckpointError(f"{file} holds more than weights: {refused[0]}.")
     return shapes
 
 

@@ -12,6 +12,7 @@ Entries never change under their name. `tvkeras.zoo.store` says where files are 
 """
 
 import fnmatch
+import pathlib
 
 import keras
 
@@ -22,7 +23,7 @@ from tvkeras.zoo import probe, store
 from tvkeras.zoo.publishing import publish
 from tvkeras.zoo.store import DownloadError
 
-__all__ = ["DownloadError", "card", "detector", "load", "names", "publish", "verify"]
+__all__ = ["DownloadError", "card", "detector", "find", "load", "names", "publish", "verify"]
 
 
 def names(pattern: str = "*") -> list[str]:
@@ -75,9 +76,22 @@ def detector(name: str, statistic: str = "loss") -> GradientNormDetector:
     """
     thresholds = {report.statistic: report.threshold for report in card(name).detection}
     checks.one_of("statistic", statistic, thresholds)
-    return GradientNormDetector(
-        norm="l2", statistic=statistic, threshold=thresholds[statistic]
-    )  # the norm that `tvkeras.evaluate` fits detectors in
+    # l2 is the norm in which `tvkeras.evaluate` fits detectors.
+    return GradientNormDetector(norm="l2", statistic=statistic, threshold=thresholds[statistic])
+
+
+def find(model: str) -> pathlib.Path:
+    """The folder of a classifier that a command was given: a run's, or that of an entry.
+
+    Args:
+        model: A folder, which wins if it holds a run, or one of `names()`.
+
+    Raises:
+        ValueError, DownloadError: As `load`, for an entry.
+    """
+    if model in store.index() and not pathlib.Path(model, "run.json").exists():
+        return store.folder(model, "run.json", "best.weights.h5")
+    return pathlib.Path(model)
 
 
 def verify(name: str) -> float:

@@ -20,8 +20,11 @@ from tvkeras.zoo import store
 def list_(pattern: str = "*") -> None:
     """Prints the entries."""
     for name in zoo.names(pattern):
-        size = store.files(name)["best.weights.h5"].size
-        print(f"{name:<32}{size / 1e6:6.1f} MB  {store.place(name)}")
+        try:
+            size = store.files(name)["best.weights.h5"].size
+            print(f"{name:<32}{size / 1e6:6.1f} MB  {store.place(name)}")
+        except ValueError as error:  # a newer schema
+            print(f"{name:<32}{error}")
 
 
 def show(name: str) -> None:

@@ -10,7 +10,6 @@ import pathlib
 import tempfile
 import time
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 import tensorflow_datasets as tfds

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tvkeras import attacks, config, evaluate, train
+from tvkeras import attacks, config, evaluate, runs, train
 from tvkeras.evaluation import card, suite
 
 TRIALS = (
@@ -156,7 +156,7 @@ def test_an_evaluation_that_is_repeated_finds_the_same_without_attacking(
     for attack in (attacks.ProjectedGradient, attacks.DecoupledDirectionNorm):
         monkeypatch.setattr(attack, "search", lambda *_: calls.append(1))
     outcomes = suite.run(
-        evaluate.load_run(run_dir)[0],
+        runs.load(run_dir)[0],
         *(getattr(evaluate.data.load("digits", "test"), name) for name in ("images", "labels")),
         TRIALS,
         resume_dir=output / "attacks",
@@ -211,7 +211,7 @@ def test_an_interval_covers_its_rate():
 
 def test_bad_settings_of_an_evaluation(tmp_path):
     with pytest.raises(ValueError, match=r"must be the folder of a finished run.*tvkeras\.train"):
-        evaluate.load_run(tmp_path)
+        runs.load(tmp_path)
     arguments = {"run_dir": str(tmp_path), "output": str(tmp_path)}
     for trials, epsilons in ((TRIALS, {"linf": (0.1,)}), ((), EPSILONS)):
         with pytest.raises(ValueError, match=r"epsilons must give radii in \['l2'\]"):

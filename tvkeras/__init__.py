@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvkeras import attacks, bounds, data, detection, evaluation, models, norms
+    from tvkeras import attacks, bounds, data, detection, evaluation, models, norms, zoo
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
 
@@ -26,7 +26,7 @@ _HOMES = {
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
 }
-_MODULES = ("attacks", "bounds", "data", "detection", "evaluation", "models", "norms")
+_MODULES = ("attacks", "bounds", "data", "detection", "evaluation", "models", "norms", "zoo")
 
 __all__ = [
     "TRADES",
@@ -42,6 +42,7 @@ __all__ = [
     "evaluation",
     "models",
     "norms",
+    "zoo",
 ]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import keras
 import numpy as np
 
 MAGIC = b"tvkeras1"
+SHOWN_DIFFERENCES = 9
 UNFINISHED = ".unfinished"  # ends the name of a file while it is written
 
 
@@ -116,7 +118,8 @@ def write_atomically(
 ) -> None:
     """Replaces the file at `path`, which goes to `previous`; a crash leaves it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    unique = secrets.token_hex(4)  # no other writer's
+    temporary = path.with_name(f".{path.name}.{unique}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -148,17 +151,29 @@ def assign(variables: list[keras.Variable], arrays: Mapping[str, np.ndarray]) ->
         for name, variable in zip(_names(variables), variables, strict=True)
     }
     found = {name: array.shape for name, array in arrays.items()}
-    if expected != found:
-        changes = [
-            f"  {name}: the model has {expected.get(name, 'nothing')}, "
-            f"the checkpoint {found.get(name, 'nothing')}"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
-        shown = "\n".join(changes[:10])
-        raise CheckpointError(f"the checkpoint is of another model:\n{shown}")
+    require_fit(expected, found, "the checkpoint")
     for variable, array in zip(variables, arrays.values(), strict=True):
         variable.assign(array)
+
+
+def require_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: str
+) -> None:
+    """Checks that a file holds arrays of the names and shapes that the model has.
+
+    Raises:
+        CheckpointError: If not; the message shows nine differences at most.
+    """
+    differences = [
+        f"  {name}: the model has {expected.get(name, 'nothing')}, "
+        f"the file {found.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if len(differences) > SHOWN_DIFFERENCES:
+        differences[SHOWN_DIFFERENCES:] = [f"  and {len(differences) - SHOWN_DIFFERENCES} more"]
+    if differences:
+        raise CheckpointError("\n".join([f"{file} is of another model:", *differences]))
 
 
 def _names(variables: list[keras.Variable]) -> list[str]:

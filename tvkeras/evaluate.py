@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import shlex
 import sys
@@ -14,7 +13,7 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import attacks, bounds, checks, config, data, models, norms, runs
+from tvkeras import attacks, bounds, checks, config, data, norms, runs, zoo
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
@@ -195,24 +194,17 @@ def evaluate(
 
 
 def load_run(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
-    """A run's classifier at its best epoch, and what `run.json` says of the run.
+    """`runs.load` of a run that has all that a card states.
 
     Raises:
-        ValueError: If the folder is no finished run of this version.
+        ValueError: If the run is not finished, or of an older version.
     """
-    path = run_dir / "run.json"
-    if not path.exists() or not (run_dir / "best.weights.h5").exists():
-        raise ValueError(
-            f"model must be the folder of a finished run, with run.json and best.weights.h5, got "
-            f"{str(run_dir)!r}. Train one: python -m tvkeras.train --run_dir={run_dir} ..."
-        )
-    about = json.loads(path.read_text())
+    classifier, about = runs.load(run_dir)
     if missing := RUN_ENTRIES - about.keys():
         raise ValueError(
-            f"{path} lacks {sorted(missing)}: the run is not finished, or of an older tvkeras."
+            f"{run_dir / 'run.json'} lacks {sorted(missing)}: the run is not finished, or of an "
+            "older tvkeras."
         )
-    classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
-    classifier.load_weights(run_dir / "best.weights.h5")
     return classifier, about
 
 
@@ -262,7 +254,7 @@ def _load_twin(folder: pathlib.Path, test_set: str) -> _Twin:
     if about["dataset"] != test_set:
         raise ValueError(f"twin must be evaluated on {test_set!r}, got one on {about['dataset']!r}")
     around = folder.resolve().parent
-    classifier = load_run(around)[0] if (around / "run.json").exists() else None
+    classifier = runs.load(around)[0] if (around / "run.json").exists() else None
     return _Twin(about["name"], suite.read_worst_cases(table), classifier)
 
 
@@ -407,7 +399,9 @@ def _draw(
 
 
 # ---- Command line --------------------------------------------------------------------
-_MODEL = flags.DEFINE_string("model", None, "A run folder.", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "A run folder, or the name of a zoo entry.", required=True
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write; default: <model>/evaluation.")
 
 
@@ -437,7 +431,7 @@ def main(_: list[str]) -> None:
     try:
         config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
         result = evaluate_configured(
-            run_dir=_MODEL.value,
+            run_dir=str(zoo.find(_MODEL.value)),
             output=output,
             command=shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]]),
         )

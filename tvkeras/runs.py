@@ -1,4 +1,4 @@
-"""The run folder: what a training run writes.
+"""The run folder: what a training run writes, and how its classifier is read.
 
 config.gin            every setting that was used, defaults included
 run.json              versions, backend, seed, data checksum, and the results
@@ -27,7 +27,7 @@ import h5py
 import keras
 import numpy as np
 
-from tvkeras import checkpoint
+from tvkeras import checkpoint, models
 
 # Settings that change when and where, not what, a run computes: a continuation may differ in them.
 FREE_SETTINGS = ("train.checkpoint_minutes", "train.checkpoint_steps", "train.download")
@@ -130,6 +130,76 @@ def save_float16(classifier: keras.Model, path: pathlib.Path) -> None:
             _copy_float16(source, target)
     full.unlink()
     checkpoint.write_atomically(path, buffer.getvalue())
+
+
+def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
+    """A run's classifier at its best epoch, and what `run.json` says of the run.
+
+    Raises:
+        ValueError: If the folder is no finished run of this version.
+        checkpoint.CheckpointError: As `load_weights`.
+    """
+    path, weights = run_dir / "run.json", run_dir / "best.weights.h5"
+    if not path.exists() or not weights.exists():
+        raise ValueError(
+            "model must be the folder of a finished run, with run.json and best.weights.h5, or a "
+            f"name of tvkeras.zoo.names(), got {str(run_dir)!r}. Train one: "
+            f"python -m tvkeras.train --run_dir={run_dir} ..."
+        )
+    about = json.loads(path.read_text())
+    missing = {"model", "model_arguments", "num_classes"} - about.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
+    classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
+    load_weights(classifier, weights)
+    return classifier, about
+
+
+def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:
+    """Sets a classifier to the weights in a `.weights.h5` file, whose names and shapes must fit.
+
+    Raises:
+        checkpoint.DamagedError: If the file cannot be read.
+        checkpoint.CheckpointError: If it holds other weights, or more than numbers; the
+            message shows the difference.
+    """
+    own = _MemoryFile()
+    classifier.save_weights(own)
+    try:
+        checkpoint.require_fit(_shapes(own), _shapes(path), str(path))
+        classifier.load_weights(path)
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises on damage
+        raise checkpoint.DamagedError(f"{path} cannot be read as Keras weights: {error}") from error
+
+
+class _MemoryFile(io.BytesIO):
+    """A file in memory whose name Keras accepts as that of weights."""
+
+    def __str__(self) -> str:
+        return "memory.weights.h5"
+
+
+def _shapes(file: pathlib.Path | io.BytesIO) -> dict[str, tuple[int, ...]]:
+    """Shapes of all arrays of an HDF5 file, which must hold numbers, and hold them itself."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    refused = []
+
+    def look(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            shapes[name] = item.shape
+            if item.dtype.kind not in "fiu" or item.is_virtual or item.external:
+                refused.append(f"{name} is no array of numbers")
+
+    def look_at_link(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            refused.append(f"{name} points elsewhere")
+
+    with h5py.File(file, "r") as content:
+        content.visititems_links(look_at_link)
+        content.visititems(look)
+    if refused:  # not raised above: h5py loses errors there
+        raise checkpoint.CheckpointError(f"{file} holds more than weights: {refused[0]}.")
+    return shapes
 
 
 def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:

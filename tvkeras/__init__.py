@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvkeras import attacks, bounds, data, detection, evaluation, models, norms
+    from tvkeras import attacks, bounds, data, detection, evaluation, export, models, norms, serving
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
 
@@ -26,7 +26,17 @@ _HOMES = {
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
 }
-_MODULES = ("attacks", "bounds", "data", "detection", "evaluation", "models", "norms")
+_MODULES = (
+    "attacks",
+    "bounds",
+    "data",
+    "detection",
+    "evaluation",
+    "export",
+    "models",
+    "norms",
+    "serving",
+)
 
 __all__ = [
     "TRADES",
@@ -40,8 +50,10 @@ __all__ = [
     "data",
     "detection",
     "evaluation",
+    "export",
     "models",
     "norms",
+    "serving",
 ]
 
 

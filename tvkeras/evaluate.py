@@ -66,8 +66,8 @@ def evaluate(
         batch_size: Images in a batch.
         seed: Of everything random.
         twin: Folder of another evaluation, such as the undefended network's: its curve
-            is drawn beside this one's. If its run is the folder around it, the audit
-            tries that classifier's adversarial images on this one.
+            is drawn beside this one's. If its run is there or in the folder around it, the
+            audit tries that classifier's adversarial images on this one.
         command: What to state in the card as its origin.
 
     Raises:
@@ -254,8 +254,9 @@ def _load_twin(folder: pathlib.Path, test_set: str) -> _Twin:
     about = json.loads(path.read_text())
     if about["dataset"] != test_set:
         raise ValueError(f"twin must be evaluated on {test_set!r}, got one on {about['dataset']!r}")
-    around = folder.resolve().parent
-    classifier = runs.load(around)[0] if (around / "run.json").exists() else None
+    near = (folder, folder.resolve().parent)  # a zoo entry, or a run's evaluation
+    found = [run for run in near if (run / "run.json").exists()]
+    classifier = runs.load(found[0])[0] if found else None
     return _Twin(about["name"], suite.read_worst_cases(table), classifier)
 
 
@@ -386,7 +387,7 @@ def _draw(
         drawn[f"ROC of the detector ({name})"] = f"roc_{name}.png"
     nearest = min(
         (o for o in outcomes if not o.trial.attack.fixed_epsilon),
-        key=lambda outcome: np.median(outcome.distance),
+        key=lambda o: (o.trial.attack.norm != "l2", np.median(o.distance)),
         default=outcomes[-1],
     )
     name, result = _farthest(nearest)
@@ -430,6 +431,8 @@ def main(_: list[str]) -> None:
     evaluate_configured = config.configurable(evaluate, library_attacks())
     output = _OUTPUT.value or str(pathlib.Path(_MODEL.value) / "evaluation")
     try:
+        if not config.GIN_FILE.value:
+            raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")
         config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
         result = evaluate_configured(
             run_dir=str(zoo.find(_MODEL.value)),

@@ -9,6 +9,7 @@ import numpy as np
 
 from tvkeras import checks
 from tvkeras.detection import ROC
+from tvkeras.evaluation.card import Rate
 
 
 def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -93,6 +94,30 @@ def roc_curves(curves: Mapping[str, ROC], path: pathlib.Path) -> None:
         axes.plot(*rates, drawstyle="steps-post", label=name)
     axes.set(xlim=(0, 30), ylim=(0, 101), xlabel="clean images rejected, %")
     axes.set_ylabel("adversarial images rejected, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
+def over_regularisation(
+    labels: list[str], errors: Mapping[str, list[Rate]], path: pathlib.Path
+) -> None:
+    """Draws errors with their intervals run by run, in the order of the runs' weights.
+
+    Args:
+        labels: Of the runs: their weights.
+        errors: One for each run, by the name to show.
+        path: The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, rates) in enumerate(errors.items()):
+        values = 100 * np.array([rate.value for rate in rates])
+        ends = 100 * np.array([[rate.low, rate.high] for rate in rates]).T
+        places = np.arange(len(rates)) + 0.03 * (number - len(errors) / 2)  # intervals side by side
+        axes.errorbar(places, values, abs(ends - values), marker="o", capsize=2, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(ylim=(0, 100), xlabel="weight of total variation / Lipschitz term", ylabel="error, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=150)

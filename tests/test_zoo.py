@@ -386,6 +386,20 @@ def test_a_file_that_is_no_hdf5_is_refused(weights, classifier, content):
         runs.load_weights(classifier, weights)
 
 
+def test_whatever_the_damage_the_error_is_ours(weights, classifier):
+    whole, rng, refused = weights.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for position in rng.integers(3000, size=10):  # where HDF5 keeps what describes the rest
+            damaged[position] = rng.integers(256)
+        weights.write_bytes(damaged)
+        try:
+            runs.load_weights(classifier, weights)
+        except checkpoint.CheckpointError:
+            refused += 1
+    assert refused > 30
+
+
 # ---- Publishing ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):

@@ -52,6 +52,7 @@ def origin(tmp_path_factory, classifier):
     folder.mkdir()
     runs.save_float16(classifier, folder / "best.weights.h5")
     runs.describe(folder, model="small_cnn", model_arguments=ARGUMENTS, num_classes=10)
+    (folder / "card.json").write_text("{}")
     index = {"small": index_of(folder), "newer": index_of(folder, schema=store.SCHEMA + 1)}
     (folder.parent / "index.json").write_text(json.dumps(index))
     return folder.parent

@@ -8,7 +8,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvkeras import attacks, bounds, data, detection, evaluation, models, norms, zoo
+    from tvkeras import (
+        attacks,
+        bounds,
+        data,
+        detection,
+        evaluation,
+        export,
+        models,
+        norms,
+        serving,
+        zoo,
+    )
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
 
@@ -26,7 +37,18 @@ _HOMES = {
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
 }
-_MODULES = ("attacks", "bounds", "data", "detection", "evaluation", "models", "norms", "zoo")
+_MODULES = (
+    "attacks",
+    "bounds",
+    "data",
+    "detection",
+    "evaluation",
+    "export",
+    "models",
+    "norms",
+    "serving",
+    "zoo",
+)
 
 __all__ = [
     "TRADES",
@@ -40,8 +62,10 @@ __all__ = [
     "data",
     "detection",
     "evaluation",
+    "export",
     "models",
     "norms",
+    "serving",
     "zoo",
 ]
 

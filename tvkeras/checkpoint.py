@@ -16,6 +16,7 @@ import numpy as np
 
 MAGIC = b"tvkeras1"
 SHOWN_DIFFERENCES = 9
+UNFINISHED = ".unfinished"  # ends the name of a file while it is written
 
 
 class CheckpointError(ValueError):
@@ -40,12 +41,7 @@ def save(
         meta: Anything that JSON holds.
         previous: Where the file that is at `path` now goes; None replaces it.
     """
-    buffer = io.BytesIO()
-    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
-    np.savez(buffer, meta=header, **entries)
-    payload = buffer.getvalue()
-    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload, previous)
+    write_atomically(path, pack(arrays, meta), previous)
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -54,7 +50,25 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         DamagedError: If the file is truncated, altered or something else.
     """
-    content = path.read_bytes()
+    return unpack(path.read_bytes(), path)
+
+
+def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    """What `save` writes."""
+    buffer = io.BytesIO()
+    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
+    np.savez(buffer, meta=header, **entries)
+    payload = buffer.getvalue()
+    return MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def unpack(content: bytes, path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header that `pack` was given; `path` is named in the error.
+
+    Raises:
+        DamagedError: If the content is truncated, altered or something else.
+    """
     start = len(MAGIC) + hashlib.sha256().digest_size
     digest, payload = content[len(MAGIC) : start], content[start:]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
@@ -68,38 +82,35 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return arrays, json.loads(archive["meta"].tobytes())
 
 
-def load_newest(
-    paths: Sequence[pathlib.Path], *, set_aside: bool = False
-) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Loads the first of `paths` that holds a whole checkpoint; None if no file exists.
+def newest(paths: Sequence[pathlib.Path]) -> bytes:
+    """Content of the first of `paths` that holds a whole checkpoint; empty if no file exists.
 
-    A damaged one is passed over with a warning that names it and the one used instead.
+    One that is damaged or unreadable is passed over with a warning that names it and
+    the one used instead, and renamed, so that it never takes the place of the whole one.
 
     Args:
         paths: Newest first.
-        set_aside: Whether to rename those that are passed over, so that they never
-            take the place of the whole one.
 
     Raises:
         DamagedError: If there are files, and none is whole.
     """
-    damaged: dict[pathlib.Path, DamagedError] = {}
+    passed: dict[pathlib.Path, Exception] = {}
     for path in paths:
         if not path.exists():
             continue
         try:
-            loaded = load(path)
-        except DamagedError as error:
-            damaged[path] = error
+            content = path.read_bytes()
+            unpack(content, path)
+        except (DamagedError, OSError) as error:
+            passed[path] = error
             continue
-        for old, found in damaged.items():
+        for old, found in passed.items():
             warnings.warn(f"{found} Going on from {path} instead.", stacklevel=2)
-            if set_aside:
-                os.replace(old, old.with_name(f"{old.name}.damaged"))
-        return loaded
-    for found in damaged.values():
+            os.replace(old, old.with_name(f"{old.name}.damaged"))
+        return content
+    for found in passed.values():
         raise DamagedError(f"{found} There is no other checkpoint beside it.")
-    return None
+    return b""
 
 
 def write_atomically(
@@ -107,7 +118,8 @@ def write_atomically(
 ) -> None:
     """Replaces the file at `path`, which goes to `previous`; a crash leaves it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # no other writer's
+    unique = secrets.token_hex(4)  # no other writer's
+    temporary = path.with_name(f".{path.name}.{unique}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -19,7 +19,8 @@ import os
 import pathlib
 import platform
 import socket
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import h5py
@@ -52,40 +53,60 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        for folder in (run_dir, run_dir / "checkpoints"):
+            for unfinished in folder.glob(f"*{checkpoint.UNFINISHED}"):  # a killed process's
+                unfinished.unlink()
         yield
 
 
-def claim(run_dir: pathlib.Path, config: str) -> None:
-    """Writes `config.gin` into a new run folder, or checks that it is this one's.
+def claim(run_dir: pathlib.Path, config: str, facts: Mapping[str, Any]) -> None:
+    """Writes `config.gin` and `run.json` into a new run folder, or checks that they are this run's.
+
+    Args:
+        run_dir: The run folder.
+        config: The gin configuration.
+        facts: What else decides the run's result, as JSON holds it, by name.
 
     Raises:
         ValueError: With the difference, if the folder is of another configuration.
     """
     path = run_dir / "config.gin"
     known = _binding(path.read_text() if path.exists() else config)
-    if known != _binding(config):
-        lines = difflib.unified_diff(
-            known, _binding(config), str(path), "this command", lineterm="", n=0
-        )
+    lines = list(
+        difflib.unified_diff(known, _binding(config), str(path), "this command", lineterm="", n=0)
+    )
+    facts = dict(json.loads(json.dumps(facts)))
+    described = _described(run_dir)
+    for name in facts.keys() & described.keys():
+        if facts[name] != described[name]:
+            lines += [f"-{name} = {described[name]}", f"+{name} = {facts[name]}"]
+    if lines:
         raise ValueError(
             f"run_dir {run_dir} holds a run of another configuration:\n"
             + "\n".join(lines)
             + "\nGo on with that configuration, or choose another --run_dir."
         )
     checkpoint.write_atomically(path, config.encode())
+    earlier, found = described.get("versions", versions()), versions()
+    if earlier != found:
+        warnings.warn(
+            f"{run_dir} was begun with {earlier}; it goes on with {found}, and may end in slightly "
+            "other numbers than an uninterrupted run.",
+            stacklevel=2,
+        )
+        facts["earlier_versions"] = [*described.get("earlier_versions", []), earlier]
+    describe(run_dir, **facts, versions=found)
 
 
 def describe(run_dir: pathlib.Path, **entries: Any) -> None:
     """Adds entries to the folder's `run.json`."""
-    path = run_dir / "run.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps({**known, **entries}, indent=2) + "\n"
-    checkpoint.write_atomically(path, text.encode())
+    text = json.dumps({**_described(run_dir), **entries}, indent=2) + "\n"
+    checkpoint.write_atomically(run_dir / "run.json", text.encode())
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("tvkeras", "keras", "numpy", keras.backend.backend())
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that a result depends on, and of `more` packages."""
+    packages = ("tvkeras", "keras", "numpy", keras.backend.backend(), *more)
     found = {"python": platform.python_version(), "backend": keras.backend.backend()}
     for package in packages:
         try:
@@ -192,6 +213,12 @@ def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
         else:
             array = item[()]
             target[name] = array.astype(np.float16) if array.dtype.kind == "f" else array
+
+
+def _described(run_dir: pathlib.Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where there is none."""
+    path = run_dir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _binding(config: str) -> list[str]:

@@ -90,7 +90,7 @@ def find(model: str) -> pathlib.Path:
         ValueError, DownloadError: As `load`, for an entry.
     """
     if model in store.index() and not pathlib.Path(model, "run.json").exists():
-        return store.folder(model, "run.json", "best.weights.h5")
+        return store.folder(model, "run.json", "best.weights.h5", "card.json")
     return pathlib.Path(model)
 
 

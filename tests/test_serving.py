@@ -1,0 +1,317 @@
+"""The client against a server: the real one where `TF_MODEL_SERVER` names its binary.
+
+Else, and for faults made to order, against the loopback server of `tests/model_server.py`; each
+test's name says which.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from tests.conftest import BACKEND, ROOT
+from tests.test_export import pooled, random_images
+from tvkeras.detection import GradientNormDetector
+from tvkeras.export import export
+from tvkeras.serving import Client
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are TensorFlow's")
+pytest.importorskip("tensorflow_serving")
+
+REAL_SERVER = os.environ.get("TF_MODEL_SERVER")
+LABELS = {"stable": 1, "canary": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two versions of "digits" and one, without a detector, of "plain", by name and version."""
+    folder = tmp_path_factory.mktemp("models")
+    classifiers = {("digits", 1): pooled(1), ("digits", 2): pooled(2), ("plain", 1): pooled(3)}
+    found = {}
+    for (name, version), classifier in classifiers.items():
+        detector = None
+        if name == "digits":
+            detector = GradientNormDetector.fit(classifier, random_images(100), 0.5)
+        export(classifier, folder / name, detector=detector, version=version)
+        found[name, version] = classifier, detector
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def loopback(models):
+    """The loopback server and its addresses by scheme."""
+    from tests.model_server import ModelServer
+
+    server = ModelServer(models[0], LABELS)
+    with server.serving() as addresses:
+        yield server, addresses
+
+
+@pytest.fixture(scope="module", params=["tensorflow_model_server" if REAL_SERVER else "loopback"])
+def addresses(request, models, tmp_path_factory):
+    """The addresses, by scheme, of the best server that this machine has."""
+    if REAL_SERVER:
+        with real_server(models[0], tmp_path_factory.mktemp("config")) as found:
+            yield found
+    else:
+        yield request.getfixturevalue("loopback")[1]
+
+
+@contextlib.contextmanager
+def real_server(folder, scratch):
+    """`tensorflow_model_server` with the settings of `serving/`."""
+    text = (ROOT / "serving" / "models.config").read_text()
+    plain = f'config {{ name: "plain" base_path: "{folder}/plain" model_platform: "tensorflow" }}'
+    text = text.replace("/models/digits", f"{folder}/digits")
+    (scratch / "models.config").write_text(re.sub(r"}\s*$", f"{plain} }}", text))
+    ports = {}
+    for scheme in ("grpc", "http"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports[scheme] = probe.getsockname()[1]
+    settings = re.findall(r"- (--\S+)", (ROOT / "serving" / "compose.yaml").read_text())
+    replaced = {"/config/models.config": scratch, "/config/batching.config": ROOT / "serving"}
+    for path, home in replaced.items():
+        settings = [s.replace(path, str(home / pathlib.Path(path).name)) for s in settings]
+    command = [REAL_SERVER, f"--port={ports['grpc']}", f"--rest_api_port={ports['http']}"]
+    process = subprocess.Popen([*command, *settings])
+    found = {scheme: f"{scheme}://127.0.0.1:{port}" for scheme, port in ports.items()}
+    try:
+        for url in (f"{found['http']}/v1/models/{path}" for path in ("digits/versions/2", "plain")):
+            for _ in range(600):
+                with contextlib.suppress(OSError):
+                    if b'"AVAILABLE"' in urllib.request.urlopen(url).read():
+                        break
+                time.sleep(0.1)
+        yield found
+    finally:
+        process.terminate()
+        process.wait()
+
+
+SCHEMES = pytest.mark.parametrize("scheme", ["http", "grpc"])
+
+
+@SCHEMES
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_client_gets_the_classifiers_numbers(addresses, models, scheme, count):
+    classifier, detector = models[1]["digits", 2]
+    images = random_images(count, count)
+    pixels = np.round(255 * images).astype("uint8")
+    with Client(addresses[scheme], "digits") as client:
+        for given, seen in ((images, images), (pixels, (pixels / 255).astype("float32"))):
+            found = client.classify(given)
+            logits = classifier.predict(seen, verbose=0)
+            np.testing.assert_allclose(found.logits, logits, atol=1e-5)
+            np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
+            np.testing.assert_array_equal(found.class_id, logits.argmax(axis=1))
+            scores = detector.scores(classifier, seen)
+            np.testing.assert_allclose(found.score, scores, atol=1e-5)
+            clear = np.abs(scores / detector.threshold - 1) > 1e-4
+            verdict = detector.detects(classifier, seen)
+            np.testing.assert_array_equal(found.attack_suspected[clear], verdict[clear])
+        assert [a.dtype for a in vars(found).values()] == ["f4", "f4", "i8", "f4", "?"]
+        logits = classifier.predict(images, verbose=0)
+        np.testing.assert_allclose(client.logits(images.astype("float64")), logits, atol=1e-5)
+
+
+@SCHEMES
+def test_versions_and_labels_are_chosen(addresses, models, scheme):
+    images = random_images(2)
+    for choice, version in (
+        ({}, 2),
+        ({"version": 1}, 1),
+        ({"label": "stable"}, 1),
+        ({"label": "canary"}, 2),
+    ):
+        expected = models[1]["digits", version][0].predict(images, verbose=0)
+        with Client(addresses[scheme], "digits", **choice) as client:
+            np.testing.assert_allclose(client.logits(images), expected, atol=1e-5)
+
+
+@SCHEMES
+def test_a_model_without_a_detector_suspects_nothing(addresses, scheme):
+    with Client(addresses[scheme], "plain") as client:
+        found = client.classify(random_images(2))
+    assert found.score is None
+    assert found.attack_suspected is None
+
+
+@SCHEMES
+@pytest.mark.parametrize("pixels", [True, False])
+def test_what_the_server_refuses_is_a_value_error_in_its_words(addresses, scheme, pixels):
+    large = np.ones((2, 16, 16, 1), "uint8" if pixels else "float32")
+    with (
+        Client(addresses[scheme], "digits") as client,
+        pytest.raises(ValueError, match=r"\[2,16,16,1\] is not compatible with .*\[\?,8,8,1"),
+    ):
+        client.classify(large)
+    for model, choice in (("digits", {"version": 9}), ("letters", {})):
+        with (
+            Client(addresses[scheme], model, **choice) as client,
+            pytest.raises(ValueError, match="Servable not found"),
+        ):
+            client.logits(random_images(1))
+
+
+@SCHEMES
+def test_bad_images_are_refused_before_they_are_sent(scheme):
+    client = Client(f"{scheme}://127.0.0.1:9", "digits", retries=0)
+    good = random_images(2)
+    for images, message in (
+        (good * 255, "Divide 8-bit pixels by 255"),
+        (good * np.nan, "hold no NaN"),
+        (good[0], r"A single one is images\[None\]"),
+        (good[:0], "at least one image"),
+        (good.astype("int32"), "float in .* or uint8, got int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            client.classify(images)
+    with pytest.raises(ValueError, match="Divide them by 255"):
+        client.logits(np.zeros((1, 8, 8, 1), "uint8"))
+
+
+@pytest.mark.parametrize("address", ["localhost:8501", "http://", "ftp://host", "grpc:8500"])
+def test_an_address_says_how(address):
+    with pytest.raises(ValueError, match="address must look like"):
+        Client(address, "digits")
+    with pytest.raises(ValueError, match="not both"):
+        Client("http://host:8501", "digits", version=1, label="stable")
+
+
+# ---- Faults ------------------------------------------------------------------------------
+
+
+@SCHEMES
+def test_an_unavailable_server_is_asked_again(loopback, scheme):
+    server, addresses = loopback
+    with Client(addresses[scheme], "digits") as client:
+        server.requests, server.unavailable = 0, 2
+        assert client.logits(random_images(1)).shape == (1, 5)
+        assert server.requests == 3
+        server.unavailable = 10
+        with (
+            Client(addresses[scheme], "digits", retries=1) as impatient,
+            pytest.raises(ConnectionError, match=r"after 2 attempts.*the queue is full"),
+        ):
+            impatient.logits(random_images(1))
+        server.unavailable = 0
+
+
+@SCHEMES
+def test_a_refusal_is_not_asked_again(loopback, scheme):
+    server, addresses = loopback
+    server.requests = 0
+    with (
+        Client(addresses[scheme], "digits", version=9) as client,
+        pytest.raises(ValueError, match="Servable not found"),
+    ):
+        client.logits(random_images(1))
+    assert server.requests == 1
+
+
+@SCHEMES
+def test_a_call_ends_at_its_time_out(loopback, scheme):
+    server, addresses = loopback
+    server.delay = 2.0
+    try:
+        start = time.monotonic()
+        with (
+            Client(addresses[scheme], "digits", timeout=0.3) as client,
+            pytest.raises(TimeoutError, match=r"did not answer within timeout=0\.3 seconds"),
+        ):
+            client.logits(random_images(1))
+        assert time.monotonic() - start < 1.5
+    finally:
+        server.delay = 0.0
+
+
+@SCHEMES
+def test_a_server_that_starts_late_is_found(models, scheme):
+    from tests.model_server import ModelServer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    client = Client(f"{scheme}://127.0.0.1:{port}", "digits", retries=8)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(client.logits(random_images(1))))
+    asking.start()
+    time.sleep(0.5)
+    with ModelServer(models[0], LABELS).serving(**{f"{scheme}_port": port}):
+        asking.join()
+    assert found[0].shape == (1, 5)
+
+
+@SCHEMES
+def test_no_server_is_a_connection_error(scheme):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (
+        Client(f"{scheme}://127.0.0.1:{port}", "digits", retries=1) as client,
+        pytest.raises(ConnectionError, match=f"127.0.0.1:{port} is unavailable after 2"),
+    ):
+        client.logits(random_images(1))
+
+
+# ---- What is beside the server -----------------------------------------------------------
+
+
+def test_rest_needs_neither_keras_nor_tensorflow(addresses):
+    code = f"""
+import sys
+for name in ("keras", "tensorflow", "grpc"):
+    sys.modules[name] = None  # any import of it fails
+import numpy as np
+from tvkeras.serving import Client
+print(Client({addresses["http"]!r}, "digits").classify(np.ones((1, 8, 8, 1))).class_id.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(1,)\n"
+
+
+@SCHEMES
+@pytest.mark.slow
+def test_the_load_script_measures(addresses, scheme):
+    command = f"serving/load.py --address={addresses[scheme]} --model=digits --shape 8 8 1"
+    for more in ("--requests=20 --threads=2", "--requests=5 --images=9 --uint8 --label=stable"):
+        done = subprocess.run(
+            [sys.executable, *command.split(), *more.split()],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert re.search(r"p50 [\d.]+ ms, p90 .*, p99 .*, \d+ images/s", done.stdout)
+
+
+def test_the_compose_file_checks_the_health_of_the_server_it_starts(addresses):
+    text = (ROOT / "serving" / "compose.yaml").read_text()
+    (check,) = re.findall(r"- -c\n\s+- (.*)", text)
+    for address, healthy in ((addresses["http"], True), ("http://127.0.0.1:9", False)):
+        here = check.replace("127.0.0.1/8501", address.removeprefix("http://").replace(":", "/"))
+        assert here != check
+        done = subprocess.run(["bash", "-c", here], timeout=20, capture_output=True)
+        assert (done.returncode == 0) == healthy
+
+
+def test_the_models_are_described_in_the_servers_own_format():
+    from google.protobuf import text_format
+    from tensorflow_serving.config import model_server_config_pb2
+
+    text = (ROOT / "serving" / "models.config").read_text()
+    config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    (model,) = config.model_config_list.config
+    assert dict(model.version_labels) == LABELS
+    assert set(LABELS.values()) == set(model.model_version_policy.specific.versions)

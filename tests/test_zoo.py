@@ -461,7 +461,8 @@ def test_a_published_run_is_a_whole_entry(evaluated, checkout, capsys):
     command.main(["zoo", "show", "digits_small"])
     printed = capsys.readouterr().out
     assert "checkout" in printed
-    assert f"{100 * card.clean_error.value:.1f} % (digits test)" in printed
+    assert f"{100 * card.clean_error.value:.1f} % (360 images) of digits test" in printed
+    assert f"audit (l2)  {card.audit[0].verdict}" in re.sub("  +", "  ", printed)
     assert 'tvkeras.zoo.load("digits_small")' in printed
 
 

@@ -248,7 +248,7 @@ def test_threads_that_load_at_once_get_the_same_file(server, cache):
     assert [path.name for path in kept(cache)] == ["best.weights.h5"]
 
 
-def start(origin, code, backend="jax", **environment):
+def start(origin, code, backend):
     """A process in which the zoo is that of `origin`; it runs `code`."""
     preamble = f"""
 import pathlib, sys
@@ -259,7 +259,7 @@ store.INDEX, store.CHECKOUT = pathlib.Path({str(origin)!r}, "index.json"), None
 """
     return subprocess.Popen(
         [sys.executable, "-c", preamble + code],
-        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 from keras import ops
+from scipy import stats
 
 from tvkeras import norms
 from tvkeras.attacks import (
@@ -25,7 +26,7 @@ Tensor = Any
 SQUARE_QUERIES = 300  # cheap: a masked gradient loses to far fewer
 
 # Tolerances: shares of all images.
-MISSED = 0.02  # a sound attack may lose single images, next to the boundary
+MISSED = 0.02  # a sound attack may lose single images, next to the boundary; on digits up to 1.7 %
 DISAGREEMENT = 0.1  # on small undefended networks Auto-PGD with DLR found up to 7 % more
 
 
@@ -42,7 +43,7 @@ def monotone(case: Case) -> Check:
     fooled = [result.success for result in case.results.values()]
     figure = max(((a & ~b).mean() for a, b in itertools.pairwise(fooled)), default=0)
     advice = "A larger ball holds the smaller one's successes: PGD loses its way in it."
-    return _missed(case, "monotone", figure, advice)
+    return graded("monotone", figure, 0, case.few(MISSED), advice)
 
 
 def chance_at_large_epsilon(case: Case) -> Check:
@@ -139,5 +140,6 @@ class _Noise(Attack):
 
 
 def _missed(case: Case, name: str, figure: float, advice: str) -> Check:
-    """Warns of one image, fails where there are too many for chance."""
-    return graded(name, figure, 0, case.few(MISSED), advice)
+    """Warns of one image; fails beyond what 99 of 100 draws give if `MISSED` is the truth."""
+    count = len(case.labels)
+    return graded(name, figure, 0, stats.binom.ppf(0.99, count, MISSED) / count, advice)

@@ -248,7 +248,7 @@ def test_threads_that_load_at_once_get_the_same_file(server, cache):
     assert [path.name for path in kept(cache)] == ["best.weights.h5"]
 
 
-def start(origin, code, backend="jax", **environment):
+def start(origin, code, backend):
     """A process in which the zoo is that of `origin`; it runs `code`."""
     preamble = f"""
 import pathlib, sys
@@ -259,7 +259,7 @@ store.INDEX, store.CHECKOUT = pathlib.Path({str(origin)!r}, "index.json"), None
 """
     return subprocess.Popen(
         [sys.executable, "-c", preamble + code],
-        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -387,6 +387,20 @@ def test_a_file_that_is_no_hdf5_is_refused(weights, classifier, content):
         runs.load_weights(classifier, weights)
 
 
+def test_whatever_the_damage_the_error_is_ours(weights, classifier):
+    whole, rng, refused = weights.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for position in rng.integers(3000, size=10):  # where HDF5 keeps what describes the rest
+            damaged[position] = rng.integers(256)
+        weights.write_bytes(damaged)
+        try:
+            runs.load_weights(classifier, weights)
+        except checkpoint.CheckpointError:
+            refused += 1
+    assert refused > 30
+
+
 # ---- Publishing ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
@@ -447,7 +461,8 @@ def test_a_published_run_is_a_whole_entry(evaluated, checkout, capsys):
     command.main(["zoo", "show", "digits_small"])
     printed = capsys.readouterr().out
     assert "checkout" in printed
-    assert f"{100 * card.clean_error.value:.1f} % (digits test)" in printed
+    assert f"{100 * card.clean_error.value:.1f} % (360 images) of digits test" in printed
+    assert f"audit (l2)  {card.audit[0].verdict}" in re.sub("  +", "  ", printed)
     assert 'tvkeras.zoo.load("digits_small")' in printed
 
 

@@ -168,7 +168,9 @@ def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:
     try:
         checkpoint.require_fit(_shapes(own), _shapes(path), str(path))
         classifier.load_weights(path)
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises on damage
+    except checkpoint.CheckpointError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, SystemError) as error:  # h5py's, on damage
         raise checkpoint.DamagedError(f"{path} cannot be read as Keras weights: {error}") from error
 
 

@@ -84,7 +84,8 @@ def find(model: str) -> pathlib.Path:
     """The folder of a classifier that a command was given: a run's, or that of an entry.
 
     Args:
-        model: A folder, which wins if it holds a run, or one of `names()`.
+        model: A folder, which wins if it holds a run, or one of `names()`, of which the
+            weights, the run and the card are fetched.
 
     Raises:
         ValueError, DownloadError: As `load`, for an entry.

@@ -35,19 +35,20 @@ def show(name: str) -> None:
         ("training", f"{card.training['dataset']}, {card.training['epochs']} epochs"),
         ("", card.training["defense"]),
         ("input", "float32 images in [0, 1], with no other normalisation"),
-        ("clean error", f"{_percent(card.clean_error)} ({card.dataset})"),
+        ("clean error", f"{_percent(card.clean_error)} of {card.dataset}"),
     ]
     for worst in card.worst_case:
         rows += [
-            (f"error at {worst.norm} {epsilon}", f"{_percent(error)} (worst case over attacks)")
+            (f"error at {worst.norm} {epsilon}", f"{_percent(error)}, worst case over attacks")
             for epsilon, error in worst.error.items()
         ]
         if worst.median_distance is not None:
             rows.append((f"median {worst.norm} distance", f"{worst.median_distance:.3g}"))
+    rows += [(f"audit ({report.norm})", report.verdict) for report in card.audit]
     rows += [
         (
             f"detector ({report.statistic})",
-            f"rejects {_percent(report.false_positive_rate)} of clean images; "
+            f"rejects {_percent(report.false_positive_rate)} without an attack; "
             f"evaded on {_percent(report.evasive_success)}",
         )
         for report in card.detection
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _percent(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} %"
+    return f"{100 * rate.value:.1f} % ({rate.n:,} images)"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ test's name says which.
 """
 
 import contextlib
+import http.server
 import os
 import pathlib
 import re
@@ -180,7 +181,7 @@ def test_bad_images_are_refused_before_they_are_sent(scheme):
         client.logits(np.zeros((1, 8, 8, 1), "uint8"))
 
 
-@pytest.mark.parametrize("address", ["localhost:8501", "http://", "ftp://host", "grpc:8500"])
+@pytest.mark.parametrize("address", ["localhost:8501", "http://:8501", "ftp://host", "grpc:8500"])
 def test_an_address_says_how(address):
     with pytest.raises(ValueError, match="address must look like"):
         Client(address, "digits")
@@ -262,6 +263,32 @@ def test_no_server_is_a_connection_error(scheme):
         pytest.raises(ConnectionError, match=f"127.0.0.1:{port} is unavailable after 2"),
     ):
         client.logits(random_images(1))
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_page_in_place_of_a_reply_is_shown(status):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>Welcome</html>")
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    client = Client(f"http://127.0.0.1:{server.server_port}", "digits")
+    with pytest.raises(RuntimeError, match="<html>Welcome"):
+        client.logits(random_images(1))
+    server.server_close()
+
+
+def test_grpc_without_the_stubs_says_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(ImportError, match=r"pip install 'tvkeras\[serving\]'"):
+        Client("grpc://host:8500", "digits")
 
 
 # ---- What is beside the server -----------------------------------------------------------

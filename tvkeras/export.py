@@ -72,7 +72,8 @@ def export(
         )
     folder = pathlib.Path(output)
     if version is None:
-        version = 1 + max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+        names = [path.name for path in folder.glob("*")]
+        version = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
     target = folder / str(checks.whole_number("version", version, minimum=1))
     if target.exists():
         raise ValueError(f"version {version} exists in {folder}. Versions are never replaced.")
@@ -203,7 +204,9 @@ def main() -> None:
     """Parse and call."""
     from tvkeras.evaluate import load_run  # not above: it defines flags of its own
 
-    parser = argparse.ArgumentParser(prog="python -m tvkeras.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tvkeras.export", description="Exports a run to TensorFlow Serving."
+    )
     add = parser.add_argument
     add("--model", required=True, help="A run folder.")
     add("--output", required=True, help="Folder of the model's versions.")

@@ -7,6 +7,7 @@ JSON: `local`, the virtual devices of this process, and `runs`, the arguments of
 import json
 import os
 import random
+import signal
 import sys
 
 SETTINGS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
@@ -49,6 +50,7 @@ def train(
     dropout=0.0,
     optimizer=None,
     compile_arguments=None,
+    uneven=False,
 ):
     """Weights, statistics and logs after `steps` steps of 16 images."""
     rng = np.random.default_rng(0)
@@ -73,9 +75,13 @@ def train(
             metrics=["accuracy"],
             **(compile_arguments or {}),
         )
-        validation = data.Batches(examples.take(np.arange(13), "few"), 8, devices=spread)
+        validation = data.Batches(examples.take(np.arange(12), "few"), 8, devices=spread)
+        batches = data.Batches(examples, 16, seed=0, devices=spread)
+        if uneven:
+            batches = tf.data.Dataset.from_tensor_slices((examples.images, examples.labels))
+            batches = batches.take(16 * steps - 1).batch(16)
         history = robust.fit(
-            data.Batches(examples, 16, seed=0, devices=spread),
+            batches,
             epochs=epochs,
             validation_data=validation,
             shuffle=False,
@@ -124,12 +130,35 @@ def imagenet(run_dir, builder_dir, kill_at=None):
     return [], {}
 
 
-RUNS = {"drawn": drawn, "imagenet": imagenet}
+def digits(run_dir, signal_at=None):
+    """A run of digits through `train`; `signal_at` a step this process gets SIGTERM."""
+    if signal_at is not None:
+        end = ending("step", signal_at, lambda: signal.raise_signal(signal.SIGTERM))
+        recorder.Recorder.on_train_batch_begin = lambda *_, **__: end("step")
+    settings = {
+        "model_arguments": "{'width': 4, 'activation': 'softplus'}",
+        "batch_size": 16,
+        "epochs": 1,
+        "attacked_images": 10,
+        "devices": "'all'",
+    }
+    configured = config.configurable(tvkeras_train.train)
+    config.bind(
+        ["gin/digits_tv_lip.gin"], [f"train.{name}={value}" for name, value in settings.items()]
+    )
+    configured(run_dir=run_dir)
+    return [], {}
+
+
+RUNS = {"drawn": drawn, "imagenet": imagenet, "digits": digits}
 
 if __name__ == "__main__":
     results = {}
     for name, arguments in SETTINGS["runs"].items():
-        weights, history = RUNS.get(name, train)(**arguments)
+        try:
+            weights, history = RUNS.get(name, train)(**arguments)
+        except recorder.TrainingInterrupt as interruption:
+            sys.exit(128 + interruption.number)
         results |= {f"{name}/{index}": array for index, array in enumerate(weights)}
         results |= {f"{name}/{key}": values for key, values in history.items()}
     np.savez(sys.argv[1], **results)

@@ -1,8 +1,10 @@
 import dataclasses
 import json
 
+import keras
 import numpy as np
 import pytest
+from keras import layers
 
 from tests.conftest import net
 from tests.test_attacks import linear, separating  # noqa: F401  (a fixture)
@@ -123,6 +125,9 @@ def test_bad_arguments():
     model, images, _, _ = linear()
     with pytest.raises(ValueError, match="Use more images"):
         GradientNormDetector.fit(model, images)
+    constant = keras.Sequential([keras.Input((2, 2, 1)), layers.Rescaling(0), layers.Flatten()])
+    with pytest.raises(ValueError, match="gradient is zero on 100% of the clean images"):
+        GradientNormDetector.fit(constant, np.ones((30, 2, 2, 1), "float32"), statistic="model")
     with pytest.raises(ValueError, match="statistic must be one of"):
         GradientNormDetector(norm="l2", statistic="logits", threshold=1.0)
     with pytest.raises(ValueError, match="threshold must be a number > 0"):

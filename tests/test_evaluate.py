@@ -1,12 +1,17 @@
 import csv
+import dataclasses
 import json
-import pathlib
+import os
+import shutil
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-from tvkeras import attacks, config, evaluate, train
+from tests.conftest import BACKEND, ROOT
+from tvkeras import attacks, compare, config, evaluate, evaluation, runs, train
 from tvkeras.evaluation import card, suite
 
 TRIALS = (
@@ -18,7 +23,15 @@ TRIALS = (
     ),
     suite.Trial(name="DDN", attack=attacks.DecoupledDirectionNorm(steps=20), images=40),
 )
-EPSILONS = {"l2": (0.25, "1/2")}
+EPSILONS = {"l2": (0, 0.25, "1/2")}
+SETTINGS = {
+    "trials": TRIALS,
+    "epsilons": EPSILONS,
+    "statistics": ("loss",),
+    "evasive": {"steps": 5, "weights": 2},
+    "evasive_images": 10,
+    "audited_images": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +49,31 @@ def run_dir(tmp_path_factory):
 def evaluated(run_dir):
     """Its card, and the folder of it."""
     output = run_dir / "evaluation"
-    found = evaluate.evaluate(
-        run_dir=str(run_dir),
-        output=str(output),
-        trials=TRIALS,
-        epsilons=EPSILONS,
-        statistics=("loss",),
-        evasive={"steps": 5, "weights": 2},
-        evasive_images=10,
+    return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **SETTINGS), output
+
+
+@pytest.fixture(scope="module")
+def masked(run_dir, evaluated, tmp_path_factory):
+    """The same run with its logits scaled until the gradient vanishes: card and folder."""
+    classifier, about = runs.load(run_dir)
+    scaled = keras.layers.Rescaling(1e5)(classifier.outputs[0])
+    saturated = keras.Model(classifier.inputs, scaled)
+    output = tmp_path_factory.mktemp("masked")
+
+    more_than_there_are = dataclasses.replace(TRIALS[0], images=1000)
+    one_in_l1 = suite.Trial(
+        name="PGD l1", attack=attacks.ProjectedGradient(norm="l1"), epsilons=(1,), images=10
     )
-    return found, output
+    settings = {
+        **SETTINGS,
+        "trials": (more_than_there_are, one_in_l1),
+        "epsilons": {**EPSILONS, "l1": (1,)},
+        "twin": str(evaluated[1]),
+        "statistics": (),  # its gradients are zero
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_run", lambda _: (saturated, about))
+        return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **settings), output
 
 
 def table(output):
@@ -83,11 +111,46 @@ def test_a_card_survives_json_and_is_rendered_from_it_alone(evaluated):
     found, output = evaluated
     again = card.Card.from_json((output / "card.json").read_text())
     assert again == found
-    page = (output / "README.md").read_text()
-    assert card.render(again) == page
+    assert_page_is_its_card(output)
     for file in found.figures.values():
         assert (output / file).read_bytes().startswith(b"\x89PNG")
-        assert f"({file})" in page
+
+
+@pytest.mark.slow
+def test_a_card_whose_audit_passes_says_so(evaluated):
+    found, output = evaluated
+    (report,) = found.audit
+    assert (report.norm, report.verdict, report.images) == ("l2", "reliable", 20)
+    assert report.surrogate is None
+    assert "transfer" not in {check.name for check in report.checks}
+    page = (output / "README.md").read_text()
+    assert "\n# " + found.name + "\n" in page
+    assert "- l2: **reliable**" in page
+    assert "unreliable" not in page.lower()
+
+
+@pytest.mark.slow
+def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
+    found, output = masked
+    assert [(report.norm, report.verdict) for report in found.audit] == [
+        ("l1", "not audited"),
+        ("l2", "unreliable"),
+    ]
+    assert [report.error["0.25" if report.norm == "l2" else "1"].n for report in found.attacks] == [
+        360,
+        10,
+    ]
+    report = found.audit[1]
+    assert report.surrogate == run_dir.name
+    assert {"gradient_free", "transfer"} <= set(report.named("fail"))
+    assert card.Card.from_json((output / "card.json").read_text()) == found
+    page = (output / "README.md").read_text()
+    assert f"\n# {found.name}: unreliable\n\n> **Unreliable" in page
+    assert page.count("(unreliable)") == page.count("type: robust_accuracy") == 4
+    assert "- l1: **not audited**" in page
+    for check in report.checks:
+        assert f"| `{check.name}` |" in page
+        assert (check.advice in page) == (check.status != "pass")
 
 
 @pytest.mark.slow
@@ -99,7 +162,7 @@ def test_an_evaluation_that_is_repeated_finds_the_same_without_attacking(
     for attack in (attacks.ProjectedGradient, attacks.DecoupledDirectionNorm):
         monkeypatch.setattr(attack, "search", lambda *_: calls.append(1))
     outcomes = suite.run(
-        evaluate.load_run(run_dir)[0],
+        runs.load(run_dir)[0],
         *(getattr(evaluate.data.load("digits", "test"), name) for name in ("images", "labels")),
         TRIALS,
         resume_dir=output / "attacks",
@@ -154,7 +217,7 @@ def test_an_interval_covers_its_rate():
 
 def test_bad_settings_of_an_evaluation(tmp_path):
     with pytest.raises(ValueError, match=r"must be the folder of a finished run.*tvkeras\.train"):
-        evaluate.load_run(tmp_path)
+        runs.load(tmp_path)
     arguments = {"run_dir": str(tmp_path), "output": str(tmp_path)}
     for trials, epsilons in ((TRIALS, {"linf": (0.1,)}), ((), EPSILONS)):
         with pytest.raises(ValueError, match=r"epsilons must give radii in \['l2'\]"):
@@ -165,13 +228,186 @@ def test_bad_settings_of_an_evaluation(tmp_path):
         suite.Trial(name="x", attack=attacks.ProjectedGradient())
     with pytest.raises(ValueError, match="different names"):
         suite.run(None, None, None, [TRIALS[0], TRIALS[0]])
-    with pytest.raises(ValueError, match="schema=99"):
-        card.Card.from_json(json.dumps({"schema": 99}))
+    for schema in (1, 99):
+        with pytest.raises(ValueError, match=f"schema={schema}, .* evaluation again"):
+            card.Card.from_json(json.dumps({"schema": schema}))
 
 
-@pytest.mark.parametrize("path", sorted(pathlib.Path(ROOT).glob("zoo/*/card.json")), ids=str)
+def assert_page_is_its_card(folder):
+    """The page is what the card beside it renders to, and its figures are there."""
+    found = card.Card.from_json((folder / "card.json").read_text())
+    assert card.render(found) == (folder / "README.md").read_text()
+    for file in found.figures.values():
+        assert (folder / file).exists()
+
+
+COMMITTED = sorted({*ROOT.glob("zoo/*/card.json"), *ROOT.glob("zoo/*/evaluation/card.json")})
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=str)
 def test_published_pages_are_their_cards(path):
-    assert (
-        card.render(card.Card.from_json(path.read_text()))
-        == (path.parent / "README.md").read_text()
+    assert_page_is_its_card(path.parent)
+
+
+def by_hand(**changes):
+    """A card that nothing was measured for."""
+    share = card.rate(np.arange(40) < 10)
+    check = evaluation.Check("unbounded", "fail", None, "No good.")
+    audit = card.AuditReport(
+        norm="l2", verdict="unreliable", images=40, surrogate=None, checks=(check,)
+    )
+    content = {
+        "name": 'the "first": one',
+        "command": "python -m tvkeras.evaluate",
+        "model": {"model": "m", "model_arguments": {}, "num_classes": 10, "parameters": 1234},
+        "training": {"defense": "Undefended()", "dataset": "digits", "epochs": 3},
+        "dataset": "digits test",
+        "seed": 7,
+        "clean_error": share,
+        "gradient_norms": {name: {"mean": 1.0, "max": 2.0} for name in ("loss", "model")},
+        "attacks": (),
+        "worst_case": (
+            card.WorstCase(
+                norm="l2", clean_error=share, error={"1/2": share}, median_distance=None
+            ),
+        ),
+        "audit": (audit,),
+        "detection": (),
+        "bounds": (),
+        "figures": {},
+        "versions": {},
+    }
+    return card.Card(**{**content, **changes})
+
+
+def test_a_changed_page_or_card_is_noticed(tmp_path):
+    card.write(by_hand(), tmp_path)
+    assert_page_is_its_card(tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(page.read_text().replace("25.0", "15.0"))
+    with pytest.raises(AssertionError):
+        assert_page_is_its_card(tmp_path)
+    card.write(by_hand(), tmp_path)
+    (tmp_path / "card.json").write_text(by_hand(seed=8).to_json())
+    with pytest.raises(AssertionError):
+        assert_page_is_its_card(tmp_path)
+    card.write(by_hand(figures={"a curve": "missing.png"}), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_page_is_its_card(tmp_path)
+
+
+def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
+    page = card.render(by_hand())
+    assert '\n# the "first": one: unreliable\n' in page
+    assert "Clean error: **25.0 (14.2-40.2) %** on 40 images of digits test" in page
+    assert "seed 7" in page
+    assert "| `unbounded` | - **fail** |" in page
+    yaml = pytest.importorskip("yaml")
+    metadata = yaml.safe_load(page.split("---\n")[1])
+    (index,) = metadata["model-index"]
+    assert index["name"] == 'the "first": one'
+    accuracy, robust = index["results"][0]["metrics"]
+    assert accuracy == {"type": "accuracy", "value": 0.75}
+    assert robust["name"] == "worst case over attacks, l2 1/2, first 40 images (unreliable)"
+
+
+DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
+
+
+def test_runs_are_compared_in_the_order_of_their_weights(tmp_path):
+    training = by_hand().training
+    weak, strong = (
+        by_hand(name=str(weight), training={**training, "defense": DEFENSE.format(weight)})
+        for weight in (0.1, "'8/10'")
+    )
+    figure = tmp_path / "comparison.png"
+    lines = compare.compare([strong, by_hand(name="plain"), weak], figure).splitlines()
+    assert lines[0] == "| run | tv / lipschitz weight | clean | l2 1/2 |"
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["0 / 0", "0.1 / 0.1", "0.8 / 0.1"]
+    assert lines[2] == "| plain | 0 / 0 | 25.0 | 25.0 |"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    card.write(weak, tmp_path)
+    assert compare.read(tmp_path) == weak
+    other = by_hand(worst_case=(dataclasses.replace(weak.worst_case[0], norm="linf"),))
+    trained = by_hand(training={**training, "defense": "TRADES(beta=6.0)"})
+    for bad, message in (
+        (other, "share no norm and radius"),
+        (by_hand(dataset="cifar10 test"), "of one data set"),
+        (trained, r"got .*TRADES"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare.compare([weak, bad], figure)
+    with pytest.raises(ValueError, match=r"no card\.json.*tvkeras\.evaluate"):
+        compare.read(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_bad_settings_of_a_run_that_exists(run_dir, evaluated, tmp_path):
+    def refused(message, **changes):
+        settings = {"run_dir": str(run_dir), "output": str(tmp_path), **SETTINGS, **changes}
+        with pytest.raises(ValueError, match=message):
+            evaluate.evaluate(**settings)
+        assert not list(tmp_path.glob("card.json"))
+
+    refused("twin must be the folder of an evaluation.*'nowhere'", twin="nowhere")
+    refused(r"epsilons\['l2'\] must hold a radius above 0", epsilons={"l2": (0, "0/255")})
+    refused("a norm of epsilons must be one of", epsilons={"l2": (1,), "l3": (1,)})
+    refused("audited_images must be a whole number >= 1", audited_images=0)
+    refused("clean_images must be at least .* 40, got clean_images=39", clean_images=39)
+    refused("Use more images", false_positive_rate=1e-3)
+    content = json.loads((evaluated[1] / "card.json").read_text())
+    for name in ("card.json", "examples.csv"):
+        (tmp_path / "twin").mkdir(exist_ok=True)
+        (tmp_path / "twin" / name).write_text(json.dumps({**content, "dataset": "mnist test"}))
+    refused("twin must be evaluated on 'digits test'", twin=str(tmp_path / "twin"))
+    about = json.loads((run_dir / "run.json").read_text())
+    for missing in ("num_classes", "results"):
+        unfinished = tmp_path / missing
+        shutil.copytree(run_dir, unfinished)
+        rest = {name: value for name, value in about.items() if name != missing}
+        (unfinished / "run.json").write_text(json.dumps(rest))
+        refused(f"lacks \\['{missing}'\\]", run_dir=str(unfinished))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin_file=gin/evaluate_digits.gin"], "must be the folder of a finished run"),
+        ([], "--gin_file must name the attacks"),
+        (["--gin_file=gin/evaluate_digits.gin", "--gin_param=Trial.images=0"], "images must be"),
+    ],
+)
+def test_the_command_ends_with_an_error_and_no_traceback(arguments, message):
+    command = [sys.executable, "-m", "tvkeras.evaluate", "--model=nowhere", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 1
+    assert "error: " in ended.stderr
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+TRAINING = """
+import sys
+from tvkeras import config, train
+configured = config.configurable(train.train)
+config.bind(["gin/digits_undefended.gin"], ["train.epochs=1", "train.model_arguments={'width': 4}"])
+configured(run_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_the_other_backend_is_evaluated(tmp_path):
+    other = "jax" if BACKEND == "tensorflow" else "tensorflow"
+    environment = {**os.environ, "KERAS_BACKEND": other}
+    command = [sys.executable, "-c", TRAINING, str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+    trained = json.loads((tmp_path / "run.json").read_text())
+    assert trained["versions"]["backend"] == other
+    settings = {**SETTINGS, "trials": TRIALS[:1], "statistics": ()}
+    found = evaluate.evaluate(run_dir=str(tmp_path), output=str(tmp_path / "out"), **settings)
+    assert found.versions["backend"] == BACKEND
+    assert found.clean_error.value == pytest.approx(trained["results"]["clean_error"], abs=0.003)
+    assert found.gradient_norms["loss"]["mean"] == pytest.approx(
+        trained["results"]["gradient_norm_mean"], rel=1e-3
     )

@@ -14,10 +14,9 @@ from scipy.special import softmax
 import tvkeras
 from tests.conftest import BACKEND
 from tests.test_evaluate import evaluated, run_dir  # noqa: F401  (fixtures)
-from tvkeras import data
+from tvkeras import data, runs
 from tvkeras.attacks.statistics import STATISTICS
 from tvkeras.detection import GradientNormDetector
-from tvkeras.evaluate import load_run
 from tvkeras.export import export, run_detector
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are TensorFlow's")
@@ -226,7 +225,7 @@ def test_a_run_is_exported_with_a_detector_of_its_held_out_images(run_dir, tmp_p
     done = command(f"--model={run_dir}", f"--output={tmp_path / 'digits'}", "--version=3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"exported: {tmp_path / 'digits' / '3'}\n")
-    classifier, about = load_run(run_dir)
+    classifier, about = runs.load(run_dir)
     training = data.load("digits", "train")
     _, held_out = data.held_out(training, about["validation_fraction"])
     detector = GradientNormDetector.fit(classifier, held_out.images, 0.05)
@@ -246,7 +245,7 @@ def test_a_run_is_exported_with_a_detector_of_its_held_out_images(run_dir, tmp_p
 @tensorflow_only
 @pytest.mark.slow
 def test_the_detector_is_the_one_whose_figures_the_card_states(run_dir, evaluated, tmp_path):  # noqa: F811
-    classifier, about = load_run(run_dir)
+    classifier, about = runs.load(run_dir)
     shutil.copytree(run_dir, tmp_path / "run")
     fitted = run_detector(run_dir, classifier, about, false_positive_rate=0.05)
     assert run_detector(run_dir, classifier, about) == fitted  # the card's

@@ -184,9 +184,32 @@ def test_a_full_disk_inside_an_epoch_leaves_the_run_going(whole, tmp_path, monke
         return full() if steps[0] == 2 else fsync(number)
 
     monkeypatch.setattr(checkpoint.os, "fsync", sometimes_full)
-    with pytest.warns(UserWarning, match=r"No space left.*Last good checkpoint.*goes on"):
+    with pytest.warns(UserWarning, match=r"No space left.*Last good checkpoint.*Make room"):
         resumable.train(tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_run_whose_disk_is_full(tmp_path, monkeypatch):
+    def signalled():
+        monkeypatch.setattr(checkpoint.os, "fsync", full)
+        signal.raise_signal(signal.SIGTERM)
+
+    with (
+        pytest.warns(UserWarning, match="No space left"),
+        pytest.raises(TrainingInterrupt, match=r"step 8 of epoch 1\. Last good .*/last"),
+    ):
+        resumable.train(tmp_path, resumable.ending("step", 7, signalled))
+    assert (tmp_path / "checkpoints" / "last").exists()
+
+
+def test_an_unreadable_checkpoint_is_passed_over(tmp_path):
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    last.mkdir()
+    checkpoint.save(previous, {}, {"epoch": 3})
+    with pytest.warns(UserWarning, match=rf"Is a directory: '{last}' Going on from {previous}"):
+        assert checkpoint.newest((last, previous)) == previous.read_bytes()
+    assert not last.exists()
 
 
 @pytest.mark.slow
@@ -248,5 +271,7 @@ with runs.locked(pathlib.Path({str(tmp_path)!r})):
             pass
         process.kill()
         process.wait()
+    unfinished = tmp_path / f".run.json.1{checkpoint.UNFINISHED}"
+    unfinished.touch()
     with runs.locked(tmp_path):  # the lock died with its holder
-        pass
+        assert not unfinished.exists()

@@ -11,7 +11,7 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import checkpoint, config, data, recorder, schedules, train
+from tvkeras import checkpoint, config, data, recorder, runs, schedules, train
 
 SMALL = [
     "train.epochs=2",
@@ -94,6 +94,25 @@ def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_
         run(tmp_path, "train.batch_size=32")
 
 
+def test_what_gin_does_not_know_is_compared_too(tmp_path):
+    config = "train.seed = 0"
+    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    with pytest.raises(ValueError, match=r"another configuration:\n-data_sha256 = 1\n\+.* = 2\n"):
+        runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
+
+
+def test_other_versions_are_said_and_kept(tmp_path, monkeypatch):
+    runs.claim(tmp_path, "", {})
+    now = runs.versions()
+    monkeypatch.setattr(runs, "versions", lambda: {**now, "keras": "4.0"})
+    with pytest.warns(UserWarning, match=r"begun with .* goes on with .*'keras': '4.0'"):
+        runs.claim(tmp_path, "", {})
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["versions"]["keras"] == "4.0"
+    assert described["earlier_versions"] == [now]
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     plan = run(tmp_path / "run", dry_run=True)
     assert plan["steps_per_epoch"] == 20
@@ -122,6 +141,7 @@ def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
         ("train.epsilons=('a',)", "epsilons must be a number or a fraction"),
         ("train.attacked_images=0", "attacked_images must be a whole number >= 1"),
         ("train.model_arguments={'wdth': 4}", "Did you mean 'width'"),
+        ("train.precision='bfloat16'", "precision must be one of .*Did you mean 'mixed_bfloat16'"),
     ],
 )
 def test_bad_settings_stop_before_training(binding, message, tmp_path):

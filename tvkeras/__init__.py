@@ -8,7 +8,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvkeras import attacks, bounds, data, detection, evaluation, export, models, norms, serving
+    from tvkeras import (
+        attacks,
+        bounds,
+        data,
+        detection,
+        evaluation,
+        export,
+        models,
+        norms,
+        serving,
+        zoo,
+    )
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
 
@@ -36,6 +47,7 @@ _MODULES = (
     "models",
     "norms",
     "serving",
+    "zoo",
 )
 
 __all__ = [
@@ -54,6 +66,7 @@ __all__ = [
     "models",
     "norms",
     "serving",
+    "zoo",
 ]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import keras
 import numpy as np
 
 MAGIC = b"tvkeras1"
+SHOWN_DIFFERENCES = 9
+UNFINISHED = ".unfinished"  # ends the name of a file while it is written
 
 
 class CheckpointError(ValueError):
@@ -38,12 +41,7 @@ def save(
         meta: Anything that JSON holds.
         previous: Where the file that is at `path` now goes; None replaces it.
     """
-    buffer = io.BytesIO()
-    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
-    np.savez(buffer, meta=header, **entries)
-    payload = buffer.getvalue()
-    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload, previous)
+    write_atomically(path, pack(arrays, meta), previous)
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -52,7 +50,25 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         DamagedError: If the file is truncated, altered or something else.
     """
-    content = path.read_bytes()
+    return unpack(path.read_bytes(), path)
+
+
+def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    """What `save` writes."""
+    buffer = io.BytesIO()
+    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
+    np.savez(buffer, meta=header, **entries)
+    payload = buffer.getvalue()
+    return MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def unpack(content: bytes, path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header that `pack` was given; `path` is named in the error.
+
+    Raises:
+        DamagedError: If the content is truncated, altered or something else.
+    """
     start = len(MAGIC) + hashlib.sha256().digest_size
     digest, payload = content[len(MAGIC) : start], content[start:]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
@@ -66,38 +82,35 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return arrays, json.loads(archive["meta"].tobytes())
 
 
-def load_newest(
-    paths: Sequence[pathlib.Path], *, set_aside: bool = False
-) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Loads the first of `paths` that holds a whole checkpoint; None if no file exists.
+def newest(paths: Sequence[pathlib.Path]) -> bytes:
+    """Content of the first of `paths` that holds a whole checkpoint; empty if no file exists.
 
-    A damaged one is passed over with a warning that names it and the one used instead.
+    One that is damaged or unreadable is passed over with a warning that names it and
+    the one used instead, and renamed, so that it never takes the place of the whole one.
 
     Args:
         paths: Newest first.
-        set_aside: Whether to rename those that are passed over, so that they never
-            take the place of the whole one.
 
     Raises:
         DamagedError: If there are files, and none is whole.
     """
-    damaged: dict[pathlib.Path, DamagedError] = {}
+    passed: dict[pathlib.Path, Exception] = {}
     for path in paths:
         if not path.exists():
             continue
         try:
-            loaded = load(path)
-        except DamagedError as error:
-            damaged[path] = error
+            content = path.read_bytes()
+            unpack(content, path)
+        except (DamagedError, OSError) as error:
+            passed[path] = error
             continue
-        for old, found in damaged.items():
+        for old, found in passed.items():
             warnings.warn(f"{found} Going on from {path} instead.", stacklevel=2)
-            if set_aside:
-                os.replace(old, old.with_name(f"{old.name}.damaged"))
-        return loaded
-    for found in damaged.values():
+            os.replace(old, old.with_name(f"{old.name}.damaged"))
+        return content
+    for found in passed.values():
         raise DamagedError(f"{found} There is no other checkpoint beside it.")
-    return None
+    return b""
 
 
 def write_atomically(
@@ -105,7 +118,8 @@ def write_atomically(
 ) -> None:
     """Replaces the file at `path`, which goes to `previous`; a crash leaves it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    unique = secrets.token_hex(4)  # no other writer's
+    temporary = path.with_name(f".{path.name}.{unique}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -137,17 +151,29 @@ def assign(variables: list[keras.Variable], arrays: Mapping[str, np.ndarray]) ->
         for name, variable in zip(_names(variables), variables, strict=True)
     }
     found = {name: array.shape for name, array in arrays.items()}
-    if expected != found:
-        changes = [
-            f"  {name}: the model has {expected.get(name, 'nothing')}, "
-            f"the checkpoint {found.get(name, 'nothing')}"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
-        shown = "\n".join(changes[:10])
-        raise CheckpointError(f"the checkpoint is of another model:\n{shown}")
+    require_fit(expected, found, "the checkpoint")
     for variable, array in zip(variables, arrays.values(), strict=True):
         variable.assign(array)
+
+
+def require_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: str
+) -> None:
+    """Checks that a file holds arrays of the names and shapes that the model has.
+
+    Raises:
+        CheckpointError: If not; the message shows nine differences at most.
+    """
+    differences = [
+        f"  {name}: the model has {expected.get(name, 'nothing')}, "
+        f"the file {found.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if len(differences) > SHOWN_DIFFERENCES:
+        differences[SHOWN_DIFFERENCES:] = [f"  and {len(differences) - SHOWN_DIFFERENCES} more"]
+    if differences:
+        raise CheckpointError("\n".join([f"{file} is of another model:", *differences]))
 
 
 def _names(variables: list[keras.Variable]) -> list[str]:

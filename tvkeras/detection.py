@@ -73,7 +73,8 @@ class GradientNormDetector:
             batch_size: Images in a batch, at most.
 
         Raises:
-            ValueError: For an illegal argument, or too few images for that rate.
+            ValueError: For an illegal argument, too few images for that rate, or gradients
+                that vanish on so many that no threshold exists.
         """
         rate = checks.number("false_positive_rate", false_positive_rate, minimum=0.0, maximum=1.0)
         rank = int(rate * (len(clean_images) + 1))
@@ -84,6 +85,12 @@ class GradientNormDetector:
             )
         scores = gradient_norms(classifier, clean_images, norm, statistic, batch_size)
         threshold = float(np.sort(scores)[-rank])
+        if threshold == 0:
+            raise ValueError(
+                f"the {statistic!r} gradient is zero on {(scores == 0).mean():.0%} of the clean "
+                "images, so that no threshold rejects few of them: the classifier cannot be "
+                "guarded this way. Try another statistic; to evaluate it, evaluate.statistics=()."
+            )
         return cls(norm=norm, statistic=statistic, threshold=threshold)
 
     def scores(

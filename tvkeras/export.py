@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tvkeras import checks, data
+from tvkeras import checks, data, runs, zoo
 from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector
 from tvkeras.evaluation import card
@@ -163,7 +163,7 @@ def run_detector(
     statistic: str = "loss",
     false_positive_rate: float | None = None,
 ) -> GradientNormDetector:
-    """The detector of a run.
+    """The detector of a run or a zoo entry.
 
     It is the one whose figures the run's card states, if the run was evaluated with these
     weights and no rate is asked for; else it is fitted on the images that the run held
@@ -171,7 +171,7 @@ def run_detector(
 
     Args:
         run_dir: The run folder.
-        classifier: The run's, see `tvkeras.evaluate.load_run`.
+        classifier: The run's, see `tvkeras.runs.load`.
         about: What `run.json` says.
         statistic: "loss" or "model".
         false_positive_rate: Share of clean images to reject; None for the card's
@@ -183,9 +183,9 @@ def run_detector(
     """
     checks.one_of("statistic", statistic, STATISTICS)
     run = pathlib.Path(run_dir)
-    path = run / "evaluation" / "card.json"
-    if false_positive_rate is None and path.exists():
-        measured = card.Card.from_json(path.read_text())
+    cards = [path for path in (run / "evaluation", run) if (path / "card.json").exists()]
+    if false_positive_rate is None and cards:
+        measured = card.Card.from_json((cards[0] / "card.json").read_text())
         weights = hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest()
         for report in measured.detection:
             if report.statistic == statistic and measured.model["weights_sha256"] == weights:
@@ -202,13 +202,11 @@ def run_detector(
 
 def main() -> None:
     """Parse and call."""
-    from tvkeras.evaluate import load_run  # not above: it defines flags of its own
-
     parser = argparse.ArgumentParser(
-        prog="python -m tvkeras.export", description="Exports a run to TensorFlow Serving."
+        prog="python -m tvkeras.export", description="Exports a classifier to TensorFlow Serving."
     )
     add = parser.add_argument
-    add("--model", required=True, help="A run folder.")
+    add("--model", required=True, help="A run folder, or the name of a zoo entry.")
     add("--output", required=True, help="Folder of the model's versions.")
     add("--version", type=int, help="Default: the next free number.")
     add("--statistic", default="loss", help=f"The detector's: one of {STATISTICS}.")
@@ -219,9 +217,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     try:
-        classifier, about = load_run(pathlib.Path(given.model))
+        folder = zoo.find(given.model)
+        classifier, about = runs.load(folder)
         detector = run_detector(
-            given.model,
+            folder,
             classifier,
             about,
             statistic=given.statistic,

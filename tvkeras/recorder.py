@@ -15,9 +15,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras import checkpoint, runs
+from tvkeras import backends, checkpoint, runs
+from tvkeras.backends import Devices
 
-LOSS_CHECK_STEPS = 20
+CHECK_STEPS = 20  # between looks at the loss and, of several processes, at each other's signals
 # A checkpoint that took s seconds is followed by at least this many times s of training.
 PAUSE_PER_COST = 50
 
@@ -42,7 +43,7 @@ class Recorder(keras.callbacks.Callback):
         checkpoint_minutes: Minutes between checkpoints inside an epoch, at least. They
             are also at least 50 times as far apart as one takes to write.
         checkpoint_steps: Steps between them instead, whatever it costs.
-        writes: Whether this process writes: one of several does.
+        devices: What trains: the first of several processes writes, and all stop together.
 
     Attributes:
         epoch: The epoch to go on with: 0 in a new folder.
@@ -57,7 +58,7 @@ class Recorder(keras.callbacks.Callback):
         *,
         checkpoint_minutes: float = 10.0,
         checkpoint_steps: int | None = None,
-        writes: bool = True,
+        devices: Devices = Devices(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
         self.path = run_dir / "checkpoints" / "last"
@@ -70,7 +71,8 @@ class Recorder(keras.callbacks.Callback):
         self.writing_seconds = 0.0
         self._minutes = checkpoint_minutes
         self._steps = checkpoint_steps
-        self._writes = writes
+        self._processes = devices.processes
+        self._writes = devices.process == 0
         self._rows: list[dict[str, float]] = []
         self._metrics: list[Any] = []
         self._checked = 0
@@ -80,13 +82,18 @@ class Recorder(keras.callbacks.Callback):
     def restore(self, model: keras.Model) -> None:
         """Sets the model to the newest whole checkpoint, if there is one.
 
+        Several processes get the first one's, whatever is on their own disks.
+
         Raises:
             checkpoint.CheckpointError: If all are damaged, or of another model.
         """
-        paths = (self.path, self.previous_path)
-        loaded = checkpoint.load_newest(paths, set_aside=self._writes)
-        if loaded is not None:
-            arrays, meta = loaded
+        content = b""
+        with backends.together():
+            if self._writes:
+                content = checkpoint.newest((self.path, self.previous_path))
+        content = backends.from_first_process(content)
+        if content:
+            arrays, meta = checkpoint.unpack(content, self.path)
             checkpoint.assign(_variables(model), arrays)
             self.epoch, self.step = meta["epoch"], meta["step"]
             self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]
@@ -113,6 +120,8 @@ class Recorder(keras.callbacks.Callback):
             for number in old:
                 signal.signal(number, note)
             yield
+            if self._signal is not None:  # it came after the last step
+                self._stop(self._signal)
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
@@ -140,22 +149,24 @@ class Recorder(keras.callbacks.Callback):
             return  # done in an earlier process, or left to the end of the epoch
         self._unsaved_steps += done - self.step
         self.step = done  # (`self.model` here would synchronise JAX's state)
-        due = self._inside and (self._signal is not None or self._is_due())
-        if due or done - self._checked >= LOSS_CHECK_STEPS:  # its running mean keeps a NaN
+        number, logs = 0, logs or {}
+        checking = done - self._checked >= CHECK_STEPS
+        if self._inside and (checking or self._processes == 1):
+            number = backends.maximum_of_processes(self._signal or 0)
+        if checking or number:  # the same in all processes, which end at the same step
             self._checked = done
-            self._check_loss(f"step {done}", logs or {})
-        if due and self._signal is not None:
-            self._save()
-            self._stop(self._signal)
-        elif due:
+            self._check_loss(f"step {done}", logs)  # a running mean keeps a NaN
+        if number or (self._inside and self._is_due() and not _lost(logs)):
             try:
                 self._save()
             except OSError as error:
                 warnings.warn(
-                    f"no checkpoint was written ({error}); {self._last_good()}. Training goes on "
-                    "to the end of the epoch. Make room, or mend the folder's permissions.",
+                    f"no checkpoint was written ({error}); {self._last_good()}. Make room, or mend "
+                    "the folder's permissions, before the epoch ends.",
                     stacklevel=2,
                 )
+        if number:
+            self._stop(number)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the log, the best weights and, when it is due, the checkpoint."""
@@ -167,24 +178,26 @@ class Recorder(keras.callbacks.Callback):
         self._unsaved_steps += self.params["steps"] - self.step
         self.epoch, self.step = epoch + 1, 0
         last = self.epoch == self.params["epochs"]
-        try:
-            if self._writes:
-                with self._writing():
-                    checkpoint.write_atomically(self.log_path, _as_csv(self._rows))
-                    if row.get("val_accuracy", math.inf) >= best:
-                        runs.save_float16(self.model.classifier, self.best_path)
-            if last or self._signal is not None or self._is_due(minutes=0.0):
-                self._save()
-        except OSError as error:
-            raise OSError(
-                f"{error}: the run folder cannot be written after epoch {self.epoch}. "
-                f"{self._last_good()}. Make room or mend its permissions; then the same command "
-                "goes on from there."
-            ) from error
+        number = backends.maximum_of_processes(self._signal or 0)
+        with backends.together():
+            try:
+                if self._writes:
+                    with self._writing():
+                        checkpoint.write_atomically(self.log_path, _as_csv(self._rows))
+                        if row.get("val_accuracy", math.inf) >= best:
+                            runs.save_float16(self.model.classifier, self.best_path)
+                if last or number or self._is_due(minutes=0.0):
+                    self._save()
+            except OSError as error:
+                raise OSError(
+                    f"{error}: the run folder cannot be written after epoch {self.epoch}. "
+                    f"{self._last_good()}. Make room or mend its permissions; then the same "
+                    "command goes on from there."
+                ) from error
         if self._writes:
             self._report(row)
-        if self._signal is not None:
-            self._stop(self._signal)
+        if number:
+            self._stop(number)
 
     def _is_due(self, minutes: float | None = None) -> bool:
         if self._steps is not None:
@@ -236,9 +249,7 @@ class Recorder(keras.callbacks.Callback):
         return f"Last good checkpoint: {self.path}" if self.path.exists() else "No checkpoint yet"
 
     def _check_loss(self, where: str, logs: dict[str, Any]) -> None:
-        lost = {name: float(logs[name]) for name in ("loss", "val_loss") if name in logs}
-        lost = {name: value for name, value in lost.items() if not math.isfinite(value)}
-        for name, value in lost.items():
+        for name, value in _lost(logs).items():
             raise FloatingPointError(
                 f"{name} is {value} in epoch {self.epoch + 1} at {where}, after "
                 f"{int(self.model.optimizer.iterations)} steps, at learning rate "
@@ -259,6 +270,12 @@ class Recorder(keras.callbacks.Callback):
             f"epoch {self.epoch}/{epochs}  {figures}  {pace:.1f} s/epoch, {left / 60:.0f} min left",
             flush=True,
         )
+
+
+def _lost(logs: dict[str, Any]) -> dict[str, float]:
+    """The losses that are no longer finite, by name."""
+    losses = {name: float(logs[name]) for name in ("loss", "val_loss") if name in logs}
+    return {name: value for name, value in losses.items() if not math.isfinite(value)}
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:

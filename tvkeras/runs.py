@@ -1,4 +1,4 @@
-"""The run folder: what a training run writes.
+"""The run folder: what a training run writes, and how its classifier is read.
 
 config.gin            every setting that was used, defaults included
 run.json              versions, backend, seed, data checksum, and the results
@@ -19,14 +19,15 @@ import os
 import pathlib
 import platform
 import socket
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import h5py
 import keras
 import numpy as np
 
-from tvkeras import checkpoint
+from tvkeras import checkpoint, models
 
 # Settings that change when and where, not what, a run computes: a continuation may differ in them.
 FREE_SETTINGS = ("train.checkpoint_minutes", "train.checkpoint_steps", "train.download")
@@ -52,40 +53,60 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        for folder in (run_dir, run_dir / "checkpoints"):
+            for unfinished in folder.glob(f"*{checkpoint.UNFINISHED}"):  # a killed process's
+                unfinished.unlink()
         yield
 
 
-def claim(run_dir: pathlib.Path, config: str) -> None:
-    """Writes `config.gin` into a new run folder, or checks that it is this one's.
+def claim(run_dir: pathlib.Path, config: str, facts: Mapping[str, Any]) -> None:
+    """Writes `config.gin` and `run.json` into a new run folder, or checks that they are this run's.
+
+    Args:
+        run_dir: The run folder.
+        config: The gin configuration.
+        facts: What else decides the run's result, as JSON holds it, by name.
 
     Raises:
         ValueError: With the difference, if the folder is of another configuration.
     """
     path = run_dir / "config.gin"
     known = _binding(path.read_text() if path.exists() else config)
-    if known != _binding(config):
-        lines = difflib.unified_diff(
-            known, _binding(config), str(path), "this command", lineterm="", n=0
-        )
+    lines = list(
+        difflib.unified_diff(known, _binding(config), str(path), "this command", lineterm="", n=0)
+    )
+    facts = dict(json.loads(json.dumps(facts)))
+    described = _described(run_dir)
+    for name in facts.keys() & described.keys():
+        if facts[name] != described[name]:
+            lines += [f"-{name} = {described[name]}", f"+{name} = {facts[name]}"]
+    if lines:
         raise ValueError(
             f"run_dir {run_dir} holds a run of another configuration:\n"
             + "\n".join(lines)
             + "\nGo on with that configuration, or choose another --run_dir."
         )
     checkpoint.write_atomically(path, config.encode())
+    earlier, found = described.get("versions", versions()), versions()
+    if earlier != found:
+        warnings.warn(
+            f"{run_dir} was begun with {earlier}; it goes on with {found}, and may end in slightly "
+            "other numbers than an uninterrupted run.",
+            stacklevel=2,
+        )
+        facts["earlier_versions"] = [*described.get("earlier_versions", []), earlier]
+    describe(run_dir, **facts, versions=found)
 
 
 def describe(run_dir: pathlib.Path, **entries: Any) -> None:
     """Adds entries to the folder's `run.json`."""
-    path = run_dir / "run.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps({**known, **entries}, indent=2) + "\n"
-    checkpoint.write_atomically(path, text.encode())
+    text = json.dumps({**_described(run_dir), **entries}, indent=2) + "\n"
+    checkpoint.write_atomically(run_dir / "run.json", text.encode())
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("tvkeras", "keras", "numpy", keras.backend.backend())
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that a result depends on, and of `more` packages."""
+    packages = ("tvkeras", "keras", "numpy", keras.backend.backend(), *more)
     found = {"python": platform.python_version(), "backend": keras.backend.backend()}
     for package in packages:
         try:
@@ -111,6 +132,76 @@ def save_float16(classifier: keras.Model, path: pathlib.Path) -> None:
     checkpoint.write_atomically(path, buffer.getvalue())
 
 
+def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
+    """A run's classifier at its best epoch, and what `run.json` says of the run.
+
+    Raises:
+        ValueError: If the folder is no finished run of this version.
+        checkpoint.CheckpointError: As `load_weights`.
+    """
+    path, weights = run_dir / "run.json", run_dir / "best.weights.h5"
+    if not path.exists() or not weights.exists():
+        raise ValueError(
+            "model must be the folder of a finished run, with run.json and best.weights.h5, or a "
+            f"name of tvkeras.zoo.names(), got {str(run_dir)!r}. Train one: "
+            f"python -m tvkeras.train --run_dir={run_dir} ..."
+        )
+    about = json.loads(path.read_text())
+    missing = {"model", "model_arguments", "num_classes"} - about.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
+    classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
+    load_weights(classifier, weights)
+    return classifier, about
+
+
+def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:
+    """Sets a classifier to the weights in a `.weights.h5` file, whose names and shapes must fit.
+
+    Raises:
+        checkpoint.DamagedError: If the file cannot be read.
+        checkpoint.CheckpointError: If it holds other weights, or more than numbers; the
+            message shows the difference.
+    """
+    own = _MemoryFile()
+    classifier.save_weights(own)
+    try:
+        checkpoint.require_fit(_shapes(own), _shapes(path), str(path))
+        classifier.load_weights(path)
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises on damage
+        raise checkpoint.DamagedError(f"{path} cannot be read as Keras weights: {error}") from error
+
+
+class _MemoryFile(io.BytesIO):
+    """A file in memory whose name Keras accepts as that of weights."""
+
+    def __str__(self) -> str:
+        return "memory.weights.h5"
+
+
+def _shapes(file: pathlib.Path | io.BytesIO) -> dict[str, tuple[int, ...]]:
+    """Shapes of all arrays of an HDF5 file, which must hold numbers, and hold them itself."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    refused = []
+
+    def look(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            shapes[name] = item.shape
+            if item.dtype.kind not in "fiu" or item.is_virtual or item.external:
+                refused.append(f"{name} is no array of numbers")
+
+    def look_at_link(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            refused.append(f"{name} points elsewhere")
+
+    with h5py.File(file, "r") as content:
+        content.visititems_links(look_at_link)
+        content.visititems(look)
+    if refused:  # not raised above: h5py loses errors there
+        raise checkpoint.CheckpointError(f"{file} holds more than weights: {refused[0]}.")
+    return shapes
+
+
 def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
     for name, value in source.attrs.items():
         target.attrs[name] = value
@@ -120,6 +211,12 @@ def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
         else:
             array = item[()]
             target[name] = array.astype(np.float16) if array.dtype.kind == "f" else array
+
+
+def _described(run_dir: pathlib.Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where there is none."""
+    path = run_dir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _binding(config: str) -> list[str]:

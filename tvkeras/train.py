@@ -5,13 +5,15 @@ import json
 import pathlib
 import random
 import shlex
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
+import numpy as np
 from absl import app, flags
 
 from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, schedules
@@ -20,6 +22,7 @@ from tvkeras.defenses import Defense
 from tvkeras.recorder import Recorder, TrainingInterrupt
 
 TIMED_STEPS = 5
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def train(
@@ -87,6 +90,7 @@ def train(
         ValueError: For an illegal argument, or a run folder of another configuration.
         tvkeras.data.DataNotFoundError: If the data is not on this machine.
         FloatingPointError: If the loss stops being finite.
+        tvkeras.backends.PeerError: If another process of the run has failed.
         tvkeras.recorder.TrainingInterrupt: After SIGTERM or Ctrl-C, with a checkpoint.
     """
     # ---- Arguments ----------------------------------------------------------------------
@@ -98,6 +102,7 @@ def train(
     checks.number("checkpoint_minutes", checkpoint_minutes, minimum=0.0)
     if checkpoint_steps is not None:
         checks.whole_number("checkpoint_steps", checkpoint_steps, minimum=1)
+    checks.one_of("precision", precision, PRECISIONS)
     if devices != "all":
         checks.whole_number("devices", devices, minimum=1)
     folder = pathlib.Path(run_dir)
@@ -114,10 +119,11 @@ def train(
             "test_split": test_split,
             "devices": spread,
         }
-        if image_size is None:
-            splits = data.in_memory(dataset, **shared)
-        else:
-            splits = data.streamed(dataset, image_size=image_size, **shared)
+        with backends.together():
+            if image_size is None:
+                splits = data.in_memory(dataset, **shared)
+            else:
+                splits = data.streamed(dataset, image_size=image_size, **shared)
         steps = len(splits.train)
 
         # ---- Model and objective ---------------------------------------------------
@@ -142,33 +148,38 @@ def train(
             "steps_per_epoch": steps,
             "steps": steps * epochs,
         }
+        inner: Any = getattr(robust.optimizer, "inner_optimizer", robust.optimizer)
+        facts = {
+            **plan,
+            "model": model,
+            "model_arguments": arguments,
+            "num_classes": splits.test.num_classes,
+            "precision": precision,
+            "defense": str(defense),
+            "augmentation": str(augmentation),
+            "optimizer": {**inner.get_config(), "name": type(inner).__name__},
+            "dataset": dataset,
+            "data_sha256": splits.checksums,
+            "validation_fraction": validation_fraction,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "seed": seed,
+            "backend": keras.backend.backend(),
+            "devices": spread.total,
+        }
         if dry_run:
             return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
 
         # ---- Run folder ------------------------------------------------------------
-        if spread.process == 0:
-            stack.enter_context(runs.locked(folder))
-            runs.claim(folder, config.operative())
-            runs.describe(
-                folder,
-                **plan,
-                model=model,
-                model_arguments=arguments,
-                num_classes=splits.test.num_classes,
-                defense=str(defense),
-                dataset=dataset,
-                validation_fraction=validation_fraction,
-                epochs=epochs,
-                seed=seed,
-                data_sha256=splits.checksums,
-                versions=runs.versions(),
-                devices=spread.total,
-            )
+        with backends.together():
+            if spread.process == 0:
+                stack.enter_context(runs.locked(folder))
+                runs.claim(folder, config.operative(), facts)
         recorder = Recorder(
             folder,
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
-            writes=spread.process == 0,
+            devices=spread,
         )
         recorder.restore(robust)
 
@@ -208,14 +219,15 @@ def train(
 
 
 def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) -> float:
-    """Median time of a few steps, after one that compiles."""
-    images, labels = batches[0]
-    seconds = []
-    for _ in range(TIMED_STEPS + 1):
-        start = time.monotonic()
-        robust.train_on_batch(images, labels)
-        seconds.append(time.monotonic() - start)
-    return statistics.median(seconds[1:])
+    """Median time of a few steps, after the call that compiles them."""
+    ends = []
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda _, logs: ends.append((float(logs["loss"]), time.monotonic()))
+    )
+    steps = min((TIMED_STEPS + 1) * robust.steps_per_execution, len(batches))
+    robust.fit(batches, steps_per_epoch=steps, epochs=2, callbacks=[clock], verbose=0)
+    seconds = np.diff([end for _, end in ends])
+    return statistics.median(seconds.tolist()) / robust.steps_per_execution
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -226,6 +238,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and the time of a
 def main(_: list[str]) -> None:
     """Parse, bind, call."""
     train_configured = config.configurable(train)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
         if not config.GIN_FILE.value:
@@ -233,7 +247,7 @@ def main(_: list[str]) -> None:
         name = "-".join(pathlib.Path(file).stem for file in config.GIN_FILE.value)
         run_dir = _RUN_DIR.value or f"runs/{name}"
         results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, backends.PeerError) as error:
         sys.exit(f"error: {error}")
     except TrainingInterrupt as interruption:
         command = shlex.join(["python", "-m", "tvkeras.train", *sys.argv[1:]])
@@ -242,6 +256,11 @@ def main(_: list[str]) -> None:
     print(json.dumps(results, indent=2))
     if not _DRY_RUN.value:
         print(f"run folder: {run_dir}")
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Stops the command outside `fit`, which has its own way (`Recorder.catching_signals`)."""
+    raise TrainingInterrupt(f"{signal.Signals(number).name} stopped it between steps.", number)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The functions below come from `tensorflow.py` or `jax.py`; everything else in tv
 is written in `keras.ops`.
 """
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import keras
@@ -14,6 +16,10 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
         "tvkeras runs on the Keras backends 'tensorflow' and 'jax', "
         f"got KERAS_BACKEND={keras.backend.backend()!r}."
     )
+
+
+class PeerError(RuntimeError):
+    """Another of the processes that train together has failed."""
 
 
 class Devices(NamedTuple):
@@ -35,8 +41,30 @@ _module = importlib.import_module(f"tvkeras.backends.{keras.backend.backend()}")
 after = _module.after
 compiled = _module.compiled
 fast_twin = _module.fast_twin
+from_first_process = _module.from_first_process
+maximum_of_processes = _module.maximum_of_processes
 maximum_of_replicas = _module.maximum_of_replicas
 skipped_step = _module.skipped_step
 spread = _module.spread
 train_step = _module.train_step
 value_and_gradient = _module.value_and_gradient
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends in an error in all processes, or in none of them.
+
+    Without it the others would wait, in their next collective operation, for the one
+    that failed.
+
+    Raises:
+        PeerError: If another process failed inside; this one's own errors pass.
+    """
+    failed = 1
+    try:
+        yield
+        failed = 0
+    finally:
+        failures = maximum_of_processes(failed)
+    if failures:
+        raise PeerError("another process of this run has failed; its own output says why.")

@@ -65,6 +65,16 @@ def maximum_of_replicas(value: Tensor) -> tuple[Tensor, Tensor | float]:
     return tf.reduce_max(values), tf.where(own, tf.cast(count, value.dtype), 0)
 
 
+def maximum_of_processes(number: int) -> int:
+    """`number` itself: TensorFlow trains in one process here."""
+    return number
+
+
+def from_first_process(content: bytes) -> bytes:
+    """`content` itself: TensorFlow trains in one process here."""
+    return content
+
+
 def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     """One optimizer step of a `RobustClassifier`; returns its logs.
 
@@ -80,6 +90,8 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     if replicas > 1:
         _check_replicated(model, context.strategy)
     images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if replicas > 1:
+        images = _with_equal_shares(images, context)
     state = [tf.convert_to_tensor(variable) for variable in model.non_trainable_variables]
     own = [own_seed(value, context) for value in state]
     update, new_state = model.compute_update(
@@ -173,6 +185,19 @@ def _check_replicated(model: Any, strategy: Any) -> None:
                 f"{name} must be {only} on several TensorFlow devices, got {name}={value!r}. "
                 "Change it, or use KERAS_BACKEND=jax."
             )
+
+
+def _with_equal_shares(images: Tensor, context: Any) -> Tensor:
+    """`images`, if all replicas have as many: else the mean over them would be another."""
+    counts = context.all_gather(tf.shape(images)[:1], axis=0)
+    equal = tf.debugging.assert_equal(
+        counts,
+        counts[0],
+        "every batch must be a multiple of the number of devices: drop the last, smaller one "
+        "(drop_remainder=True), or use tvkeras.data.Batches.",
+    )
+    with tf.control_dependencies([equal]):
+        return tf.identity(images)
 
 
 def own_seed(value: Tensor, context: Any) -> Tensor:

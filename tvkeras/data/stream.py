@@ -172,6 +172,11 @@ class Stream(keras.utils.PyDataset):
             image = tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
             return image, example[label_key]
 
+        def own_share(*batch: Any) -> Any:
+            share = tf.shape(batch[0])[0] // self.devices.processes
+            first = self.devices.process * share
+            return tf.nest.map_structure(lambda rows: rows[first : first + share], batch)
+
         if self.seed is not None:
             order = int(np.random.default_rng((self.seed, self._epoch)).integers(2**31))
             dataset = dataset.shuffle(self.shuffle_buffer, order, reshuffle_each_iteration=False)
@@ -179,6 +184,6 @@ class Stream(keras.utils.PyDataset):
             count = self.builder.info.splits[self.split].num_examples
             dataset = dataset.take(count // self.devices.total * self.devices.total)
         dataset = dataset.skip(first_batch * self.batch_size)
-        dataset = dataset.shard(self.devices.processes, self.devices.process)
+        dataset = dataset.batch(self.batch_size).map(own_share).unbatch()
         dataset = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return dataset.batch(self.batch_size // self.devices.processes).prefetch(tf.data.AUTOTUNE)

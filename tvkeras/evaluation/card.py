@@ -11,9 +11,10 @@ import numpy as np
 from scipy import stats
 
 from tvkeras.evaluation import suite
+from tvkeras.evaluation.case import Check
 from tvkeras.evaluation.suite import Outcome
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no audit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,13 @@ class WorstCase:
 
     Attributes:
         norm: Norm of the perturbations.
+        clean_error: Share of the same examples misclassified without an attack.
         error: Share of examples misclassified, by radius as text.
         median_distance: As in `AttackReport`, over all attacks.
     """
 
     norm: str
+    clean_error: Rate
     error: dict[str, Rate]
     median_distance: float | None
 
@@ -89,18 +92,20 @@ class DetectionReport:
 
     Attributes:
         statistic: "loss" or "model".
-        threshold: Rejected from this size on; chosen on held-out clean images.
+        threshold: Rejected from this size on.
+        held_out_images: How many clean training images it was chosen on.
         false_positive_rate: Share of clean test images rejected.
         detected: By attack: share of its adversarial images rejected at that threshold.
         at: By attack, then by false-positive rate on the test images as text: the
             share rejected.
-        median_distance: By attack, of its adversarial images.
+        median_distance: By attack, l2 distance of its adversarial images.
         evasive_success: Share of images for which the evasive attack found a
             misclassified one that is not rejected.
     """
 
     statistic: str
     threshold: float
+    held_out_images: int
     false_positive_rate: Rate
     detected: dict[str, Rate]
     at: dict[str, dict[str, float]]
@@ -128,6 +133,29 @@ class BoundReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """What `evaluation.audit` says of the attacks in one norm.
+
+    Attributes:
+        norm: Norm of the perturbations.
+        verdict: "reliable", "unreliable" or "not audited".
+        images: How many of the first test images it looked at.
+        surrogate: Name of the model whose adversarial images were tried too, if any.
+        checks: In the order they were made.
+    """
+
+    norm: str
+    verdict: str
+    images: int
+    surrogate: str | None
+    checks: tuple[Check, ...]
+
+    def named(self, status: str) -> list[str]:
+        """Names of the checks of one status."""
+        return [check.name for check in self.checks if check.status == status]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """All that was measured on one model, with what it takes to measure it again.
 
@@ -143,6 +171,7 @@ class Card:
             ||grad l||_2 at the true label, `model` ||grad f||_{2,inf}.
         attacks: One report for each attack.
         worst_case: One for each norm.
+        audit: One for each norm.
         detection: One for each statistic.
         bounds: One for each kind.
         figures: File beside the card, by caption.
@@ -160,11 +189,17 @@ class Card:
     gradient_norms: dict[str, dict[str, float]]
     attacks: tuple[AttackReport, ...]
     worst_case: tuple[WorstCase, ...]
+    audit: tuple[AuditReport, ...]
     detection: tuple[DetectionReport, ...]
     bounds: tuple[BoundReport, ...]
     figures: dict[str, str]
     versions: dict[str, str]
     schema: int = SCHEMA
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether the audit found that the attacks miss adversarial images."""
+        return any(report.verdict == "unreliable" for report in self.audit)
 
     def to_json(self) -> str:
         """The card as JSON text; `from_json` is the inverse."""
@@ -175,15 +210,18 @@ class Card:
         """Reads a card.
 
         Raises:
-            ValueError: If the text is of a newer format.
+            ValueError: If the text is of another format.
         """
         content = json.loads(text)
         if content.get("schema") != SCHEMA:
             raise ValueError(
                 f"the card has schema={content.get('schema')!r}, this tvkeras reads {SCHEMA}. "
-                "Use the tvkeras that wrote it, or a newer one."
+                "Use the tvkeras that wrote it, or run the evaluation again: results of attacks "
+                "that it kept are used."
             )
         content["clean_error"] = Rate(**content["clean_error"])
+        for report in content["audit"]:
+            report["checks"] = tuple(Check(**check) for check in report["checks"])
         for field, kind in _PARTS.items():
             content[field] = tuple(kind(**_rates(part)) for part in content[field])
         return cls(**content)
@@ -192,6 +230,7 @@ class Card:
 _PARTS: dict[str, Any] = {
     "attacks": AttackReport,
     "worst_case": WorstCase,
+    "audit": AuditReport,
     "detection": DetectionReport,
     "bounds": BoundReport,
 }
@@ -233,6 +272,7 @@ def worst_case_report(
     fixed_only = all(o.trial.attack.fixed_epsilon for o in outcomes if o.trial.attack.norm == norm)
     return WorstCase(
         norm=norm,
+        clean_error=rate(suite.broken(distances, 0)),
         error={str(e): rate(suite.broken(distances, e)) for e in epsilons},
         median_distance=None if fixed_only else _median(distances),
     )
@@ -250,94 +290,223 @@ def render(card: Card) -> str:
     """The card as Markdown, with the metadata that model hubs read."""
     lines = [
         *_metadata(card),
-        f"# {card.name}",
+        f"# {card.name}" + (": unreliable" if card.unreliable else ""),
         "",
-        f"{card.model['parameters']:,} parameters, trained on {card.training['dataset']} with "
-        f"`{card.training['defense']}`. Images are float32 in [0, 1], with no other "
-        "normalisation; distances are in those units. Errors are in %, with 95 % intervals.",
+        *_warning(card),
+        *_introduction(card),
+        *_worst_case(card),
+        *_audit(card),
+        *_attacks(card),
+        *_gradients(card),
+        *_detection(card),
+        *_bounds(card),
+    ]
+    for caption, file in card.figures.items():
+        lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+    lines += ["## How it was made", "", "```", card.command, "```", ""]
+    about = {**card.training, **card.model, **card.versions, "seed": card.seed}
+    lines += [f"- {name}: `{value}`" for name, value in about.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _warning(card: Card) -> list[str]:
+    """What an unreliable card says before anything else."""
+    if not card.unreliable:
+        return []
+    failed = [f"`{name}` ({report.norm})" for report in card.audit for name in report.named("fail")]
+    return [
+        "> **Unreliable: quote no robust accuracy of this page.** The audit failed: "
+        f"{', '.join(failed)}. The attacks miss adversarial images that exist, or cannot be "
+        "trusted to report them.",
         "",
-        f"Clean error: **{_percent(card.clean_error)}** on {card.dataset}, "
-        f"{card.clean_error.n:,} images.",
+    ]
+
+
+def _introduction(card: Card) -> list[str]:
+    about = card.model
+    shape = about["model_arguments"].get("input_shape")
+    return [
+        f"`{about['model']}`, {about['parameters']:,} parameters, trained for "
+        f"{card.training['epochs']} epochs on {card.training['dataset']} with "
+        f"`{card.training['defense']}`.",
         "",
+        f"Input: float32 images in [0, 1]{f' of shape {tuple(shape)}' if shape else ''}; any "
+        f"normalisation is inside the model. Output: logits of {about['num_classes']} classes. "
+        "Radii (ε) and distances are in units of the pixels.",
+        "",
+        f"Clean error: **{_percent(card.clean_error)} %** on {card.clean_error.n:,} images of "
+        f"{card.dataset}. Attacks meet the first of these images, as many as each table says; "
+        f"seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson intervals, for "
+        "the choice of test images alone.",
+        "",
+    ]
+
+
+def _worst_case(card: Card) -> list[str]:
+    lines = [
         "## Worst case over the attacks",
         "",
-        "An example falls if any attack breaks it. This is the figure to quote.",
+        "The figure to quote. An image counts as soon as any attack in the norm breaks it, or if "
+        "it is misclassified without (ε = 0); over the first images, those that all of the "
+        "attacks met. Other attacks may find more.",
         "",
     ]
     for worst in card.worst_case:
         lines += _table(
-            [worst.norm, *(f"ε = {e}" for e in worst.error), "median distance", "images"],
-            [["error", *map(_percent, worst.error.values()), _number(worst.median_distance)]],
-            last=next(iter(worst.error.values())).n,
+            [worst.norm, "ε = 0", *(f"ε = {e}" for e in worst.error), "median distance", "images"],
+            [
+                [
+                    "error, %",
+                    *map(_percent, (worst.clean_error, *worst.error.values())),
+                    _number(worst.median_distance),
+                    f"{worst.clean_error.n:,}",
+                ]
+            ],
         )
-    lines += ["## Attack by attack", ""]
+    return lines
+
+
+def _audit(card: Card) -> list[str]:
+    """The verdict of each norm, a table of the checks, and advice on those that do not pass."""
+    audited = [report for report in card.audit if report.checks]
+    lines = ["## Can these errors be believed?", ""]
+    lines += [f"- {report.norm}: **{report.verdict}**{_counts(report)}" for report in card.audit]
+    lines += [""]
+    if not audited:
+        return lines
+    surrogate = audited[0].surrogate
+    lines += [
+        "The audit checks classifier and attack, and compares 20-step PGD with other attacks"
+        f"{f' and with adversarial images of {surrogate}' if surrogate else ''} on the first "
+        f"{audited[0].images:,} images, for signs that the gradient misleads. `reliable` means "
+        "that it found none. Each figure is what the function of that name in "
+        "`tvkeras.evaluation.sanity` or `tvkeras.evaluation.masking` says.",
+        "",
+    ]
+    names = dict.fromkeys(check.name for report in audited for check in report.checks)
+    rows = [[f"`{name}`", *(_figure(report, name) for report in audited)] for name in names]
+    lines += _table(["check", *(report.norm for report in audited)], rows)
+    advice = [
+        f"- `{check.name}` ({report.norm}, {check.status}): {check.advice}"
+        for report in audited
+        for check in report.checks
+        if check.status != "pass"
+    ]
+    return [*lines, *advice, ""] if advice else lines
+
+
+def _counts(report: AuditReport) -> str:
+    if not report.checks:
+        return ": the audit knows l2 and linf alone"
+    counts = {status: len(report.named(status)) for status in ("pass", "warn", "fail")}
+    return f" ({', '.join(f'{count} {status}' for status, count in counts.items() if count)})"
+
+
+def _figure(report: AuditReport, name: str) -> str:
+    for check in report.checks:
+        if check.name == name:
+            status = "" if check.status == "pass" else f" **{check.status}**"
+            return f"{_number(check.figure)}{status}"
+    return ""
+
+
+def _attacks(card: Card) -> list[str]:
     rows = [
         [
             report.name,
             report.norm,
-            ", ".join(f"{_percent(r)} @ {e}" for e, r in report.error.items()),
+            ", ".join(f"{100 * r.value:.1f} @ {e}" for e, r in report.error.items()),
             _number(report.median_distance),
             f"{report.median_queries:.0f}",
-            str(next(iter(report.error.values())).n),
+            f"{next(iter(report.error.values())).n:,}",
         ]
         for report in card.attacks
     ]
-    lines += _table(
-        ["attack", "norm", "error @ ε", "median distance", "median queries", "images"], rows
-    )
-    lines += [f"- {report.name}: `{report.settings}`" for report in card.attacks]
-    lines += ["", "## Gradients", ""]
-    lines += _table(
-        ["", "mean", "maximum"],
-        [
-            [
-                name,
-                f"{card.gradient_norms[key]['mean']:.3f}",
-                f"{card.gradient_norms[key]['max']:.2f}",
-            ]
-            for key, name in (("loss", "‖∇loss‖2"), ("model", "‖∇f‖2,∞"))
-        ],
-    )
-    lines += ["## Detection by gradient norm", ""]
+    return [
+        "## Attack by attack",
+        "",
+        "Median distance: half of the images have an adversarial one at most that far away, 0 if "
+        "they are misclassified without; for attacks that look for the nearest. Queries: calls of "
+        "the model for an image that is classified rightly, a gradient counted as one.",
+        "",
+        *_table(
+            ["attack", "norm", "error, % @ ε", "median distance", "median queries", "images"], rows
+        ),
+        *(f"- {report.name}: `{report.settings}`" for report in card.attacks),
+        "",
+    ]
+
+
+def _gradients(card: Card) -> list[str]:
+    names = {
+        "loss": "‖∇loss‖2, at the true label",
+        "model": "‖∇f‖2,∞, the longest gradient of a probability",
+    }
+    rows = [
+        [name, f"{card.gradient_norms[key]['mean']:.3f}", f"{card.gradient_norms[key]['max']:.2f}"]
+        for key, name in names.items()
+    ]
+    heading = f"over {card.clean_error.n:,} images"
+    return ["## Gradients", "", *_table([heading, "mean", "maximum"], rows)]
+
+
+def _detection(card: Card) -> list[str]:
+    lines = ["## Detection by gradient norm", ""] if card.detection else []
     for report in card.detection:
         lines += [
-            f"Statistic `{report.statistic}`, threshold {report.threshold:.4g}: rejects "
-            f"{_percent(report.false_positive_rate)} of clean images. The evasive attack succeeds "
-            f"unnoticed on {_percent(report.evasive_success)}.",
+            f"Statistic `{report.statistic}`: images of a norm from {report.threshold:.4g} on are "
+            f"rejected, chosen on {report.held_out_images:,} held-out training images; of "
+            f"{report.false_positive_rate.n:,} clean test images that is "
+            f"{_percent(report.false_positive_rate)} %. The evasive attack, which knows the "
+            "detector, finds a misclassified image that is not rejected for "
+            f"{_percent(report.evasive_success)} % of {report.evasive_success.n:,} images. The "
+            "table is over the adversarial images found.",
             "",
         ]
+        rates = " / ".join(f"{100 * float(r):.0f}" for r in next(iter(report.at.values()), ()))
         lines += _table(
-            ["attack", "detected", "at 1 / 5 / 10 % false positives", "median l2"],
+            [
+                "attack",
+                "rejected, %",
+                f"at {rates} % false positives",
+                "median l2 distance",
+                "adversarial images",
+            ],
             [
                 [
                     name,
                     _percent(found),
                     " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
                     _number(report.median_distance[name]),
+                    f"{found.n:,}",
                 ]
                 for name, found in report.detected.items()
             ],
         )
-    lines += ["## Bounds", ""]
-    lines += _table(
-        ["kind", "norm", "median radius", "not proved right, %", "takes for granted"],
+    return lines
+
+
+def _bounds(card: Card) -> list[str]:
+    rows = [
         [
-            [
-                report.kind,
-                report.norm,
-                f"{report.median_radius:.3g}",
-                ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
-                report.assumptions,
-            ]
-            for report in card.bounds
-        ],
-    )
-    for caption, file in card.figures.items():
-        lines += [f"![{caption}]({file})", f"*{caption}*", ""]
-    lines += ["## How it was made", "", f"    {card.command}", ""]
-    about = {**card.training, **card.model, **card.versions, "seed": card.seed}
-    lines += [f"- {name}: `{value}`" for name, value in about.items()]
-    return "\n".join(lines) + "\n"
+            report.kind,
+            report.norm,
+            f"{report.median_radius:.3g}",
+            ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
+            report.assumptions,
+        ]
+        for report in card.bounds
+    ]
+    return [
+        "## Bounds",
+        "",
+        "Radii within which no attack should succeed, over the attacked images: only a certified "
+        "one is proved.",
+        "",
+        *_table(
+            ["kind", "norm", "median radius", "error at most, % @ ε", "takes for granted"], rows
+        ),
+    ]
 
 
 def write(card: Card, folder: pathlib.Path) -> None:
@@ -349,7 +518,7 @@ def write(card: Card, folder: pathlib.Path) -> None:
 def _metadata(card: Card) -> list[str]:
     """Front matter in the form of Hugging Face's `model-index`."""
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
-    lines += ["model-index:", f"- name: {card.name}", "  results:"]
+    lines += ["model-index:", f"- name: {json.dumps(card.name)}", "  results:"]
     lines += ["  - task: {type: image-classification}"]
     lines += [
         f"    dataset: {{name: {card.training['dataset']}, type: {card.training['dataset']}}}"
@@ -361,18 +530,16 @@ def _metadata(card: Card) -> list[str]:
     ]
     for worst in card.worst_case:
         for epsilon, error in worst.error.items():
+            name = f"worst case over attacks, {worst.norm} {epsilon}, first {error.n} images"
             lines += [
                 "    - type: robust_accuracy",
-                f"      name: worst case over attacks, {worst.norm} {epsilon}",
+                f"      name: {name}{' (unreliable)' if card.unreliable else ''}",
                 f"      value: {1 - error.value:.4f}",
             ]
     return [*lines, "---", ""]
 
 
-def _table(
-    heading: Sequence[str], rows: Sequence[Sequence[str]], last: int | None = None
-) -> list[str]:
-    rows = [[*row, str(last)] for row in rows] if last is not None else rows
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heading, ["---"] * len(heading), *rows]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +21,20 @@ class Check:
     Attributes:
         name: Of the function that made it.
         status: "pass", "warn" or "fail".
-        figure: What was measured.
+        figure: What was measured; None where that is no finite number.
         advice: What it means and what to do where it is no pass; one sentence.
     """
 
     name: str
     status: str
-    figure: float
+    figure: float | None
     advice: str
 
 
 def graded(name: str, figure: float, warn: float, fail: float, advice: str) -> Check:
     """Warns above `warn`; fails above `fail`, and of what is not a number."""
     status = "pass" if figure <= warn else "warn" if figure <= fail else "fail"
-    return Check(name, status, float(figure), advice)
+    return Check(name, status, float(figure) if math.isfinite(figure) else None, advice)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

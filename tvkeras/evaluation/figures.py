@@ -9,6 +9,7 @@ import numpy as np
 
 from tvkeras import checks
 from tvkeras.detection import ROC
+from tvkeras.evaluation.card import Rate
 
 
 def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -43,8 +44,8 @@ def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pat
     figure = matplotlib.figure.Figure(figsize=(4.8 * len(distances), 3.6), layout="constrained")
     panels = figure.subplots(1, len(distances), squeeze=False, sharey=True)[0]
     for axes, (norm, lines) in zip(panels, distances.items(), strict=True):
-        finite = np.concatenate([d[np.isfinite(d)] for d in lines.values()])
-        edge = 1.1 * np.quantile(finite, 0.98)
+        found = np.concatenate([d[np.isfinite(d) & (d > 0)] for d in lines.values()])
+        edge = 1.1 * np.quantile(found, 0.98) if len(found) else 1.0
         for name, values in lines.items():
             shares = 100 * np.arange(len(values) + 1) / len(values)
             steps = np.concatenate([[0.0], np.sort(values)])
@@ -56,27 +57,37 @@ def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pat
     figure.savefig(path, dpi=150)
 
 
-def score_histogram(scores: Mapping[str, np.ndarray], threshold: float, path: pathlib.Path) -> None:
-    """Draws the distribution of gradient norms, clean and attacked, and the threshold."""
-    figure = matplotlib.figure.Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    positive = [values[values > 0] for values in scores.values()]
-    low, high = (f(np.concatenate(positive)) for f in (np.min, np.max))
-    edges = np.geomspace(max(low, high * 1e-6), high, 60)
-    for (name, values), shown in zip(scores.items(), positive, strict=True):
-        weights = np.full(len(shown), 100 / len(values))
-        axes.hist(
-            shown, edges.tolist(), weights=weights, histtype="step", linewidth=1.5, label=name
-        )
-    axes.axvline(threshold, color="black", linestyle=":", label="threshold")
-    axes.set(xscale="log", xlabel="gradient norm", ylabel="images, %")
-    axes.legend()
+def score_histograms(
+    scores: Mapping[str, np.ndarray], threshold: float, path: pathlib.Path
+) -> None:
+    """Draws the distribution of gradient norms, a row for clean and each attack.
+
+    Args:
+        scores: Gradient norms, shape `(count,)`, by the name to show.
+        threshold: Of the detector: what lies to its right is rejected.
+        path: The PNG to write.
+    """
+    height = 0.9 + 0.45 * len(scores)
+    figure = matplotlib.figure.Figure(figsize=(6.4, height), layout="constrained")
+    rows = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
+    positive = np.concatenate([*scores.values(), [threshold]])
+    positive = positive[positive > 0]
+    high = 1.2 * positive.max()
+    edges = np.geomspace(max(positive.min(), high * 1e-4), high, 60)
+    for number, (axes, (name, values)) in enumerate(zip(rows, scores.items(), strict=True)):
+        shown = np.maximum(values, edges[0])  # the first bin holds what is smaller, zeros too
+        axes.hist(shown, edges.tolist(), color="C0" if number == 0 else "C1")
+        axes.axvline(threshold, color="black", linestyle=":")
+        axes.set(xscale="log", xlim=(edges[0], edges[-1]), yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    rows[-1].set_xlabel("gradient norm; dotted: threshold")
     figure.savefig(path, dpi=150)
 
 
 def roc_curves(curves: Mapping[str, ROC], path: pathlib.Path) -> None:
     """Draws what the detector notices of each attack against what it rejects of clean images."""
-    figure = matplotlib.figure.Figure(figsize=(4.4, 4.0), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         rates = 100 * curve.false_positive_rate, 100 * curve.true_positive_rate
@@ -84,7 +95,31 @@ def roc_curves(curves: Mapping[str, ROC], path: pathlib.Path) -> None:
     axes.set(xlim=(0, 30), ylim=(0, 101), xlabel="clean images rejected, %")
     axes.set_ylabel("adversarial images rejected, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
+def over_regularisation(
+    labels: list[str], errors: Mapping[str, list[Rate]], path: pathlib.Path
+) -> None:
+    """Draws errors with their intervals run by run, in the order of the runs' weights.
+
+    Args:
+        labels: Of the runs: their weights.
+        errors: One for each run, by the name to show.
+        path: The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, rates) in enumerate(errors.items()):
+        values = 100 * np.array([rate.value for rate in rates])
+        ends = 100 * np.array([[rate.low, rate.high] for rate in rates]).T
+        places = np.arange(len(rates)) + 0.03 * (number - len(errors) / 2)  # intervals side by side
+        axes.errorbar(places, values, abs(ends - values), marker="o", capsize=2, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(ylim=(0, 100), xlabel="weight of total variation / Lipschitz term", ylabel="error, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
@@ -110,7 +145,7 @@ def adversarial_images(
             panels[row, column].imshow(picture.squeeze(), vmin=0, vmax=1, cmap="gray")
             panels[row, column].set(xticks=[], yticks=[])
         panels[0, column].set_title(title, fontsize=8)
-        panels[2, column].set_xlabel(f"x {scale:.0f}", fontsize=8)
+        panels[2, column].set_xlabel(f"x {scale:.3g}", fontsize=8)
     for row, name in enumerate(("clean", "adversarial", "difference")):
         panels[row, 0].set_ylabel(name)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,579 @@
+import concurrent.futures
+import errno
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import h5py
+import numpy as np
+import pytest
+from absl import app
+
+import tvkeras
+from tests import zoo_server
+from tests.conftest import BACKEND, ROOT
+from tvkeras import attacks, checkpoint, config, evaluate, models, runs, train, zoo
+from tvkeras.evaluation import suite
+from tvkeras.zoo import __main__ as command
+from tvkeras.zoo import store
+
+ARGUMENTS = {"width": 4, "input_shape": (8, 8, 1)}
+
+
+def images(count=3):
+    return np.random.default_rng(0).random((count, 8, 8, 1)).astype("float32")
+
+
+def index_of(folder, **settings):
+    """The index entry of the files in a folder."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {name: store.File.of(content)._asdict() for name, content in contents.items()}
+    return {"schema": store.SCHEMA, "files": files, **settings}
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """An untrained classifier."""
+    return models.build("small_cnn", 10, **ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory, classifier):
+    """A zoo of the entry "small", and the index of it."""
+    folder = tmp_path_factory.mktemp("origin") / "small"
+    folder.mkdir()
+    runs.save_float16(classifier, folder / "best.weights.h5")
+    runs.describe(folder, model="small_cnn", model_arguments=ARGUMENTS, num_classes=10)
+    (folder / "card.json").write_text("{}")
+    index = {"small": index_of(folder), "newer": index_of(folder, schema=store.SCHEMA + 1)}
+    (folder.parent / "index.json").write_text(json.dumps(index))
+    return folder.parent
+
+
+@pytest.fixture
+def cache(origin, tmp_path, monkeypatch):
+    """An empty cache of an installed package that knows "small"."""
+    monkeypatch.setattr(store, "INDEX", origin / "index.json")
+    monkeypatch.setattr(store, "CHECKOUT", None)
+    monkeypatch.setenv("TVKERAS_ZOO_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("TVKERAS_ZOO_URL", raising=False)
+    monkeypatch.delenv("TVKERAS_OFFLINE", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(origin, cache, monkeypatch):
+    """A server of "small" that the package downloads from."""
+    with zoo_server.serving(origin) as server:
+        monkeypatch.setenv("TVKERAS_ZOO_URL", server.url)
+        monkeypatch.setattr(store, "TIMEOUT_SECONDS", 1)
+        yield server
+
+
+def kept(cache):
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+# ---- Look-up ---------------------------------------------------------------------------
+def test_a_downloaded_classifier_is_the_published_one_and_needs_no_network_again(
+    server, cache, classifier, monkeypatch
+):
+    loaded = tvkeras.zoo.load("small")
+    assert type(loaded) is type(classifier)  # a plain Keras model
+    assert {str(weights.dtype) for weights in loaded.get_weights()} == {"float32"}
+    for one, other in zip(loaded.get_weights(), classifier.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other.astype("float16").astype("float32"))
+    assert sorted(server.requests) == ["/small/best.weights.h5", "/small/run.json"]
+    assert [path.name for path in sorted(kept(cache))] == ["best.weights.h5", "run.json"]
+
+    monkeypatch.setenv("TVKERAS_OFFLINE", "1")
+    again = zoo.load("small")
+    np.testing.assert_array_equal(again(images()), loaded(images()))
+    assert len(server.requests) == 2
+
+
+def test_the_checkout_comes_before_the_cache(server, origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHECKOUT", tmp_path / "checkout")
+    zoo.load("small")
+    assert store.place("small") == "cache"
+    shutil.copytree(origin / "small", tmp_path / "checkout" / "small")
+    assert store.folder("small", "run.json") == tmp_path / "checkout" / "small"
+    assert store.place("small") == "checkout"
+    (tmp_path / "checkout" / "small" / "run.json").write_text("{}")
+    with pytest.raises(
+        checkpoint.DamagedError, match=r"found 2 bytes.*git checkout -- .*run\.json"
+    ):
+        zoo.load("small")
+    (tmp_path / "checkout" / "small" / "run.json").unlink()
+    with pytest.raises(checkpoint.DamagedError, match="found no file"):
+        zoo.load("small")
+    assert len(server.requests) == 2
+
+
+def test_names_match_a_pattern_and_an_unknown_one_lists_them(cache):
+    assert zoo.names() == ["newer", "small"]
+    assert zoo.names("s*") == ["small"]
+    with pytest.raises(ValueError, match=r"one of \['newer', 'small'\].*Did you mean 'small'"):
+        zoo.load("smal")
+
+
+def test_an_entry_of_a_newer_schema_asks_for_a_newer_tvkeras(server):
+    with pytest.raises(ValueError, match=r"'newer' has schema=2.*Install a newer tvkeras"):
+        zoo.load("newer")
+    assert not server.requests
+
+
+def test_without_a_network_the_error_says_what_to_set(cache, monkeypatch):
+    by_hand = rf"by hand: {cache}/small/run\.json, \d+ bytes with sha256 [0-9a-f]{{64}}"
+    with pytest.raises(zoo.DownloadError, match=f"Set TVKERAS_ZOO_URL.*{by_hand}"):
+        zoo.load("small")
+    monkeypatch.setenv("TVKERAS_ZOO_URL", "http://127.0.0.1:9")
+    with pytest.raises(zoo.DownloadError, match=f"refused.*{by_hand}"):
+        zoo.load("small")
+    monkeypatch.setenv("TVKERAS_ZOO_URL", "no address")
+    with pytest.raises(zoo.DownloadError, match="unknown url type"):
+        zoo.load("small")
+    monkeypatch.setenv("TVKERAS_OFFLINE", "1")
+    with pytest.raises(zoo.DownloadError, match=f"TVKERAS_OFFLINE forbids.*{by_hand}"):
+        zoo.load("small")
+
+
+def test_commands_take_a_run_or_the_name_of_an_entry(server, cache, tmp_path, monkeypatch):
+    assert zoo.find("small") == cache / "small"
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("small").mkdir()
+    assert zoo.find("small") == cache / "small"
+    runs.describe(pathlib.Path("small"))
+    assert zoo.find("small") == pathlib.Path("small")
+    assert zoo.find("smal") == pathlib.Path("smal")
+
+
+# ---- Downloads that go wrong -----------------------------------------------------------
+@pytest.mark.parametrize(
+    ("behaviour", "found"),
+    [
+        (zoo_server.tampered, r"found \d+ bytes"),
+        (zoo_server.short, r"found \d+ bytes"),
+        (zoo_server.truncated, r"found \d+ bytes"),
+        (zoo_server.endless, r"found more than \d+ bytes"),
+        (zoo_server.another_file, "found 33 bytes"),
+        (zoo_server.web_page, "found 55 bytes.*It is a web page"),
+    ],
+)
+def test_a_download_that_is_not_the_published_file_is_refused(server, cache, behaviour, found):
+    server.behaviour = behaviour
+    expected = store.files("small")["run.json"]
+    with pytest.raises(checkpoint.DamagedError) as raised:
+        zoo.load("small")
+    message = str(raised.value)
+    assert f"{server.url}/small/run.json" in message
+    assert f"expected {expected}" in message
+    assert str(cache / "small" / "run.json") in message
+    assert re.search(found, message)
+    assert not kept(cache)
+    server.behaviour = zoo_server.well
+    zoo.load("small")
+
+
+@pytest.mark.parametrize("behaviour", [zoo_server.stalled, zoo_server.silent, zoo_server.missing])
+def test_a_server_that_does_not_answer_is_named(server, cache, behaviour):
+    server.behaviour = behaviour
+    with pytest.raises(
+        zoo.DownloadError, match=f"{server.url}/small/run.json cannot be downloaded"
+    ):
+        zoo.load("small")
+    assert not kept(cache)
+
+
+def test_a_damaged_file_in_the_cache_is_removed_and_fetched_again(server, cache, monkeypatch):
+    zoo.load("small")
+    path = cache / "small" / "best.weights.h5"
+    published = path.read_bytes()
+    path.write_bytes(published[:-100])
+    with pytest.warns(UserWarning, match=rf"{path} is not the published file: expected \d+ bytes"):
+        zoo.load("small")
+    assert path.read_bytes() == published
+    path.write_bytes(b"")
+    monkeypatch.setenv("TVKERAS_OFFLINE", "1")
+    with pytest.warns(UserWarning, match="0 bytes"), pytest.raises(zoo.DownloadError):
+        zoo.load("small")
+    assert not path.exists()
+
+
+# ---- Places that cannot be written -----------------------------------------------------
+def test_a_full_disk_leaves_nothing_and_says_so(server, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # bytes in a file
+    try:
+        with pytest.raises(OSError, match=r"run\.json cannot be written.*Make room") as raised:
+            store.folder("small", "run.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.__cause__.errno == errno.EFBIG
+    assert not kept(cache)
+
+
+def test_a_cache_that_cannot_be_written_still_serves_what_it_has(server, cache, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    zoo.load("small")
+    monkeypatch.setattr(checkpoint, "open", read_only, raising=False)
+    zoo.load("small")
+    (cache / "small" / "run.json").unlink()
+    with pytest.raises(OSError, match=r"run\.json cannot be written.*Read-only.*TVKERAS_ZOO_DIR"):
+        zoo.load("small")
+
+
+# ---- Several at once, and interruptions ------------------------------------------------
+def test_threads_that_load_at_once_get_the_same_file(server, cache):
+    barrier = threading.Barrier(4)
+
+    def together(handler, content):
+        barrier.wait(30)
+        zoo_server.well(handler, content)
+
+    server.behaviour = together
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: store.folder("small", "best.weights.h5"), range(4)))
+    assert [path.name for path in kept(cache)] == ["best.weights.h5"]
+
+
+def start(origin, code, backend="jax", **environment):
+    """A process in which the zoo is that of `origin`; it runs `code`."""
+    preamble = f"""
+import pathlib, sys
+sys.modules["tensorflow" if {backend!r} == "jax" else "jax"] = None  # any import of it fails
+import tvkeras
+from tvkeras.zoo import store
+store.INDEX, store.CHECKOUT = pathlib.Path({str(origin)!r}, "index.json"), None
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", preamble + code],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_load_at_once_do_not_clash(server, origin, cache):
+    barrier = threading.Barrier(2)
+
+    def together(handler, content):
+        barrier.wait(120)
+        zoo_server.well(handler, content)
+
+    server.behaviour = together
+    processes = [start(origin, "tvkeras.zoo.load('small')", BACKEND) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert len(server.requests) == 4
+    assert [path.name for path in sorted(kept(cache))] == ["best.weights.h5", "run.json"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_download_leaves_nothing(server, origin, cache):
+    server.behaviour = zoo_server.stalled
+    process = start(origin, "store.folder('small', 'best.weights.h5')", BACKEND)
+    deadline = time.monotonic() + 120
+    while not server.requests and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert len(server.requests) == 1
+    assert not kept(cache)
+
+
+# ---- Weights that do not fit -----------------------------------------------------------
+@pytest.fixture
+def weights(origin, tmp_path):
+    """A copy of the weights, to be spoilt."""
+    return pathlib.Path(shutil.copy(origin / "small" / "best.weights.h5", tmp_path))
+
+
+def test_weights_of_another_network_are_refused_with_the_difference(weights, classifier):
+    with h5py.File(weights, "a") as file:
+        names = []
+        file.visititems(lambda name, item: names.append(name))
+        for name in (name for name in names if isinstance(file[name], h5py.Dataset)):
+            double = np.repeat(file[name], 2, axis=0)
+            del file[name]
+            file[name] = double
+    before = classifier.get_weights()
+    with pytest.raises(checkpoint.CheckpointError, match="is of another model") as raised:
+        runs.load_weights(classifier, weights)
+    _, *lines = str(raised.value).splitlines()
+    assert len(lines) == 10
+    assert "layers/batch_normalization/vars/0: the model has (4,), the file (8,)" in lines[0]
+    assert lines[-1] == "  and 8 more"
+    for one, other in zip(classifier.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["layers/dense/vars/1", "layers/dense/vars/2"])
+def test_weights_with_an_array_too_few_or_too_many_are_refused(weights, classifier, name):
+    with h5py.File(weights, "a") as file:
+        if name in file:
+            del file[name]
+        else:
+            file[name] = np.zeros(3)
+    with pytest.raises(checkpoint.CheckpointError, match=rf"{name}: the model has.*nothing"):
+        runs.load_weights(classifier, weights)
+
+
+def external_link(file, name):
+    file[name] = h5py.ExternalLink("/etc/hostname", "/x")
+
+
+def soft_link(file, name):
+    file[name] = h5py.SoftLink("/layers/conv2d/vars/0")
+
+
+def text(file, name):
+    file[name] = ["a"] * 10
+
+
+def pickled(file, name):
+    file[name] = np.array([np.void(b"cos\nsystem\n")] * 10)
+
+
+def virtual(file, name):
+    layout = h5py.VirtualLayout((10,), "f2")
+    layout[:] = h5py.VirtualSource("/elsewhere.h5", "x", (10,))
+    file.create_virtual_dataset(name, layout)
+
+
+def stored_elsewhere(file, name):
+    file.create_dataset(name, (10,), "f2", external=[("/elsewhere", 0, 20)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (external_link, "points elsewhere"),
+        (soft_link, "points elsewhere"),
+        (text, "is no array of numbers"),
+        (pickled, "is no array of numbers"),
+        (virtual, "is no array of numbers"),
+        (stored_elsewhere, "is no array of numbers"),
+    ],
+)
+def test_weights_that_are_no_arrays_of_numbers_are_refused(weights, classifier, spoil, message):
+    name = "layers/dense/vars/1"
+    with h5py.File(weights, "a") as file:
+        del file[name]
+        spoil(file, name)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} {message}"):
+        runs.load_weights(classifier, weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "page", "half"])
+def test_a_file_that_is_no_hdf5_is_refused(weights, classifier, content):
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(checkpoint.DamagedError, match="cannot be read as Keras weights"):
+        runs.load_weights(classifier, weights)
+
+
+# ---- Publishing ------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A trained and evaluated run."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    settings = ["train.epochs=2", "train.model_arguments={'width': 4}", "train.epsilons=(0.5,)"]
+    configured = config.configurable(train.train)
+    config.bind(["gin/digits_undefended.gin"], settings)
+    configured(run_dir=str(folder))
+    pgd = attacks.ProjectedGradient(steps=5)
+    evaluate.evaluate(
+        run_dir=str(folder),
+        output=str(folder / "evaluation"),
+        trials=[suite.Trial(name="PGD", attack=pgd, epsilons=(0.5, 1.0), images=30)],
+        epsilons={"l2": (0.5, 1.0)},
+        statistics=("loss",),
+        evasive={"steps": 5, "weights": 2},
+        evasive_images=10,
+    )
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The empty zoo of a checkout."""
+    (tmp_path / "index.json").write_text("{}")
+    monkeypatch.setattr(store, "INDEX", tmp_path / "index.json")
+    monkeypatch.setattr(store, "CHECKOUT", tmp_path / "zoo")
+    return tmp_path / "zoo"
+
+
+@pytest.mark.slow
+def test_a_published_run_is_a_whole_entry(evaluated, checkout, capsys):
+    before = sorted(evaluated.rglob("*"))
+    assert zoo.publish(evaluated, "digits_small") == checkout / "digits_small"
+    assert sorted(evaluated.rglob("*")) == before
+    assert zoo.names() == ["digits_small"]
+    assert [path.name for path in checkout.iterdir()] == ["digits_small"]
+    assert {path.name for path in (checkout / "digits_small").iterdir()} == {
+        *("run.json", "config.gin", "log.csv", "best.weights.h5", "probe.npz"),
+        *("card.json", "README.md", "examples.csv"),
+        *("distances.png", "examples.png", "scores_loss.png", "roc_loss.png"),
+    }
+    card = zoo.card("digits_small")
+    measured = json.loads((evaluated / "evaluation" / "card.json").read_text())
+    assert card.name == "digits_small"
+    assert json.loads(card.to_json()) == {**measured, "name": "digits_small"}
+
+    own, _ = runs.load(evaluated)
+    loaded = zoo.load("digits_small")
+    np.testing.assert_array_equal(loaded(images()), own(images()))
+    detector = zoo.detector("digits_small")
+    assert detector.threshold == card.detection[0].threshold
+    with pytest.raises(ValueError, match=r"statistic must be one of \['loss'\]"):
+        zoo.detector("digits_small", "model")
+
+    command.main(["zoo", "list"])
+    command.main(["zoo", "show", "digits_small"])
+    printed = capsys.readouterr().out
+    assert "checkout" in printed
+    assert f"{100 * card.clean_error.value:.1f} % (digits test)" in printed
+    assert 'tvkeras.zoo.load("digits_small")' in printed
+
+
+@pytest.mark.slow
+def test_verification_notices_other_files_and_other_logits(evaluated, checkout, capsys):
+    entry = zoo.publish(evaluated, "digits_small")
+    assert zoo.verify("digits_small") <= 1e-5
+    with pytest.raises(SystemExit) as ended:
+        command.main(["zoo", "verify"])
+    assert ended.value.code == 0
+
+    with np.load(entry / "probe.npz") as probe:
+        assert probe["images"].dtype == np.uint8
+        assert probe["logits"].shape == (8, 10)
+        wrong = {**probe, "logits": probe["logits"] + 2e-4}
+    np.savez(entry / "probe.npz", **wrong)
+    with pytest.raises(checkpoint.DamagedError, match=r"probe\.npz is not the published file"):
+        zoo.verify("digits_small")
+    store.INDEX.write_text(json.dumps({"digits_small": index_of(entry)}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"differ by 0\.0002, more than 0\.0001"):
+        zoo.verify("digits_small")
+    with pytest.raises(SystemExit) as ended:
+        command.main(["zoo", "verify", "digits_small"])
+    assert ended.value.code == 1
+    assert "digits_small: FAILED: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_other_backend_computes_the_published_logits(evaluated, checkout, tmp_path):
+    zoo.publish(evaluated, "digits_small")
+    other = {"tensorflow": "jax", "jax": "tensorflow"}[BACKEND]
+    code = f"store.CHECKOUT = pathlib.Path({str(checkout)!r}); tvkeras.zoo.verify('digits_small')"
+    process = start(tmp_path, code, other)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_what_cannot_be_published(evaluated, checkout, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    with pytest.raises(ValueError, match="lower-case letters"):
+        zoo.publish(run, "../digits")
+    (run / "evaluation" / "roc_loss.png").unlink()
+    with pytest.raises(ValueError, match=r"lacks \['evaluation/roc_loss\.png'\]"):
+        zoo.publish(run, "digits_small")
+    shutil.rmtree(run / "evaluation")
+    with pytest.raises(ValueError, match=r"lacks \['evaluation/card\.json'\].*tvkeras\.evaluate"):
+        zoo.publish(run, "digits_small")
+    shutil.copytree(evaluated / "evaluation", run / "evaluation")
+    runs.save_float16(models.build("small_cnn", 10, **ARGUMENTS), run / "best.weights.h5")
+    with pytest.raises(ValueError, match="measured on other weights"):
+        zoo.publish(run, "digits_small")
+    assert not checkout.exists()
+
+    zoo.publish(evaluated, "digits_small")
+    with pytest.raises(ValueError, match="'digits_small' exists and stays as it is"):
+        zoo.publish(evaluated, "digits_small")
+    shutil.copytree(run, checkout / "digits_other")
+    with pytest.raises(ValueError, match="is no zoo entry"):
+        zoo.publish(checkout / "digits_other", "digits_other")
+    monkeypatch.setattr(store, "CHECKOUT", None)
+    with pytest.raises(OSError, match="in a checkout"):
+        zoo.publish(evaluated, "digits_new")
+
+
+@pytest.mark.slow
+def test_publishing_that_fails_leaves_no_entry(evaluated, checkout, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_atomically", None)  # never reached
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            zoo.publish(evaluated, "digits_small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(checkout.iterdir())
+    assert not zoo.names()
+
+
+def test_commands_that_are_mistyped(cache, capsys):
+    for arguments in ([], ["lst"], ["show"], ["publish", "run"]):
+        with pytest.raises(app.UsageError, match="no such command"):
+            command.main(["zoo", *arguments])
+    with pytest.raises(SystemExit, match="error: name must be one of"):
+        command.main(["zoo", "show", "smal"])
+    command.main(["zoo", "list"])
+    newer, small = capsys.readouterr().out.splitlines()
+    assert "Install a newer tvkeras" in newer
+    assert small.split() == ["small", "0.0", "MB", "to", "download"]
+
+
+# ---- What is published ------------------------------------------------------------------
+@pytest.mark.parametrize("name", zoo.names())
+def test_the_published_entries_are_whole(name):
+    assert zoo.verify(name) <= 1e-4
+
+
+@pytest.mark.slow
+def test_an_installed_package_loads_from_an_address(origin, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(ROOT / "tvkeras", source / "tvkeras")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    shutil.copy(origin / "index.json", source / "tvkeras" / "zoo")
+    install = ["install", "--quiet", "--no-deps", "--target", str(target), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    code = """
+import tvkeras
+print(tvkeras.__file__)
+print(tvkeras.zoo.load("small").count_params())
+"""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("TVKERAS_ZOO")},
+        "PYTHONPATH": str(target),
+        "TVKERAS_ZOO_DIR": str(tmp_path / "cache"),
+    }
+    with zoo_server.serving(origin) as server:
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**environment, "TVKERAS_ZOO_URL": server.url, "no_proxy": "*"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    file, parameters = output.split()
+    assert file.startswith(str(target))
+    assert int(parameters) == models.build("small_cnn", 10, **ARGUMENTS).count_params()

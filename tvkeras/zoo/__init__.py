@@ -1,0 +1,115 @@
+"""Published classifiers: `tvkeras.zoo.load("resnext10_12_tv_lip")` is a plain Keras model.
+
+An entry is a published run folder:
+
+run.json, config.gin, log.csv       the run: network, data, settings, log
+best.weights.h5                     the classifier, as float16
+card.json, README.md, *.png         what was measured on exactly these weights
+examples.csv                        the same, image by image
+probe.npz                           test images and their logits, for `verify`
+
+Entries never change under their name. `tvkeras.zoo.store` says where files are looked for.
+"""
+
+import fnmatch
+import pathlib
+
+import keras
+
+from tvkeras import checkpoint, checks, runs
+from tvkeras.detection import GradientNormDetector
+from tvkeras.evaluation.card import Card
+from tvkeras.zoo import probe, store
+from tvkeras.zoo.publishing import publish
+from tvkeras.zoo.store import DownloadError
+
+__all__ = ["DownloadError", "card", "detector", "find", "load", "names", "publish", "verify"]
+
+
+def names(pattern: str = "*") -> list[str]:
+    """The entries whose name matches a pattern such as "*tv*", sorted."""
+    return sorted(fnmatch.filter(store.index(), pattern))
+
+
+def load(name: str) -> keras.Model:
+    """A published classifier, on either backend.
+
+    Args:
+        name: One of `names()`.
+
+    Returns:
+        A plain Keras model from float32 images in [0, 1], of shape
+        `(batch, height, width, channels)` and not normalised in any other way, to logits
+        of shape `(batch, num_classes)`. Its weights are float32 and can be trained on.
+
+    Raises:
+        ValueError: For an unknown name, with those that exist; or an entry of a newer
+            schema.
+        checkpoint.CheckpointError: If a file is not the published one, or does not fit.
+        DownloadError: If a file is neither here nor can be downloaded.
+
+    Example:
+        classifier = tvkeras.zoo.load("resnext10_12_tv_lip")
+        classifier.predict(images).argmax(axis=1)
+    """
+    return runs.load(store.folder(name, "run.json", "best.weights.h5"))[0]
+
+
+def card(name: str) -> Card:
+    """What was measured on an entry.
+
+    Raises:
+        ValueError, DownloadError: As `load`.
+    """
+    return Card.from_json((store.folder(name, "card.json") / "card.json").read_text())
+
+
+def detector(name: str, statistic: str = "loss") -> GradientNormDetector:
+    """The detector of attacked images that an entry's card reports on.
+
+    Args:
+        name: One of `names()`.
+        statistic: "loss" or "model".
+
+    Raises:
+        ValueError, DownloadError: As `load`; also for a statistic that was not measured.
+    """
+    thresholds = {report.statistic: report.threshold for report in card(name).detection}
+    checks.one_of("statistic", statistic, thresholds)
+    # l2 is the norm in which `tvkeras.evaluate` fits detectors.
+    return GradientNormDetector(norm="l2", statistic=statistic, threshold=thresholds[statistic])
+
+
+def find(model: str) -> pathlib.Path:
+    """The folder of a classifier that a command was given: a run's, or that of an entry.
+
+    Args:
+        model: A folder, which wins if it holds a run, or one of `names()`.
+
+    Raises:
+        ValueError, DownloadError: As `load`, for an entry.
+    """
+    if model in store.index() and not pathlib.Path(model, "run.json").exists():
+        return store.folder(model, "run.json", "best.weights.h5", "card.json")
+    return pathlib.Path(model)
+
+
+def verify(name: str) -> float:
+    """Fetches all files of an entry, compares their sha256, and computes the probe's logits again.
+
+    Returns:
+        The largest difference between a logit and the published one, at most
+        `probe.TOLERANCE`.
+
+    Raises:
+        ValueError, DownloadError: As `load`.
+        checkpoint.CheckpointError: If the difference is larger.
+    """
+    folder = store.folder(name, *store.files(name))
+    difference = probe.difference(folder)
+    if not difference <= probe.TOLERANCE:  # NaN is not
+        raise checkpoint.CheckpointError(
+            f"zoo entry {name!r} computes other logits than were published: they differ by "
+            f"{difference:.3g}, more than {probe.TOLERANCE:g}."
+        )
+    return difference

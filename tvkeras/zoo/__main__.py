@@ -1,0 +1,106 @@
+"""The zoo from the command line.
+
+python -m tvkeras.zoo list [PATTERN]        names, size of the weights, where they are
+python -m tvkeras.zoo show NAME             what was measured, and how to load it
+python -m tvkeras.zoo verify [NAME]         checks files and logits of one entry or all
+python -m tvkeras.zoo publish RUN_DIR NAME  makes an entry of an evaluated run
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app
+
+from tvkeras import zoo
+from tvkeras.evaluation.card import Rate
+from tvkeras.zoo import store
+
+
+def list_(pattern: str = "*") -> None:
+    """Prints the entries."""
+    for name in zoo.names(pattern):
+        try:
+            size = store.files(name)["best.weights.h5"].size
+            print(f"{name:<32}{size / 1e6:6.1f} MB  {store.place(name)}")
+        except ValueError as error:  # a newer schema
+            print(f"{name:<32}{error}")
+
+
+def show(name: str) -> None:
+    """Prints an entry's headline figures."""
+    card = zoo.card(name)
+    rows = [
+        ("network", f"{card.model['model']}, {card.model['parameters']:,} parameters"),
+        ("training", f"{card.training['dataset']}, {card.training['epochs']} epochs"),
+        ("", card.training["defense"]),
+        ("input", "float32 images in [0, 1], with no other normalisation"),
+        ("clean error", f"{_percent(card.clean_error)} ({card.dataset})"),
+    ]
+    for worst in card.worst_case:
+        rows += [
+            (f"error at {worst.norm} {epsilon}", f"{_percent(error)} (worst case over attacks)")
+            for epsilon, error in worst.error.items()
+        ]
+        if worst.median_distance is not None:
+            rows.append((f"median {worst.norm} distance", f"{worst.median_distance:.3g}"))
+    rows += [
+        (
+            f"detector ({report.statistic})",
+            f"rejects {_percent(report.false_positive_rate)} of clean images; "
+            f"evaded on {_percent(report.evasive_success)}",
+        )
+        for report in card.detection
+    ]
+    rows += [
+        ("load", f'tvkeras.zoo.load("{name}")'),
+        ("card", str(store.folder(name, "README.md") / "README.md")),
+    ]
+    width = max(len(label) for label, _ in rows) + 2
+    print(name, *(f"  {label:<{width}}{text}" for label, text in rows), sep="\n")
+
+
+def verify(name: str | None = None) -> None:
+    """Checks one entry or all; exits with 1 if one fails."""
+    failed = False
+    for entry in zoo.names() if name is None else [name]:
+        try:
+            print(f"{entry}: files as published, logits differ by {zoo.verify(entry):.1e}")
+        except (ValueError, OSError) as error:
+            failed = True
+            print(f"{entry}: FAILED: {error}")
+    sys.exit(int(failed))
+
+
+def publish(run_dir: str, name: str) -> None:
+    """Publishes a run."""
+    print(f"published: {zoo.publish(run_dir, name)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": list_,
+    "show": show,
+    "verify": verify,
+    "publish": publish,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, call."""
+    command, *arguments = argv[1:] or [""]
+    try:
+        call = inspect.signature(COMMANDS[command]).bind(*arguments)
+    except (KeyError, TypeError):
+        raise app.UsageError(f"no such command: {' '.join(argv[1:])}") from None
+    try:
+        COMMANDS[command](*call.args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} %"
+
+
+if __name__ == "__main__":
+    app.run(main)

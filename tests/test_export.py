@@ -11,6 +11,7 @@ import pytest
 from keras import layers
 from scipy.special import softmax
 
+import tvkeras
 from tests.conftest import BACKEND
 from tests.test_evaluate import evaluated, run_dir  # noqa: F401  (fixtures)
 from tvkeras import data, runs
@@ -167,6 +168,7 @@ def test_without_a_detector_there_is_no_verdict(tmp_path):
 @tensorflow_only
 def test_versions_count_up_and_are_never_replaced(tmp_path):
     classifier = pooled()
+    (tmp_path / "model" / "1-old").mkdir(parents=True)
     assert export(classifier, tmp_path / "model").name == "1"
     assert export(classifier, tmp_path / "model", version=7).name == "7"
     assert export(classifier, tmp_path / "model").name == "8"
@@ -193,7 +195,8 @@ def test_an_export_that_fails_leaves_no_version(tmp_path, monkeypatch):
 def test_only_a_classifier_of_images_is_exported(tmp_path):
     flat = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     unbuilt = keras.Sequential([layers.Dense(2)])
-    for classifier in (flat, unbuilt):
+    robust = tvkeras.RobustClassifier(pooled(), tvkeras.Undefended())
+    for classifier in (flat, unbuilt, robust):
         with pytest.raises(ValueError, match="classifier must be a Keras model of one input"):
             export(classifier, tmp_path)
 

@@ -5,6 +5,7 @@ test's name says which.
 """
 
 import contextlib
+import http.server
 import os
 import pathlib
 import re
@@ -28,18 +29,19 @@ pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are
 pytest.importorskip("tensorflow_serving")
 
 REAL_SERVER = os.environ.get("TF_MODEL_SERVER")
+NAME = "resnext10_12_tv_lip"  # what serving/models.config serves; here something smaller
 LABELS = {"stable": 1, "canary": 2}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two versions of "digits" and one, without a detector, of "plain", by name and version."""
+    """Two versions of `NAME` and one, without a detector, of "plain", by name and version."""
     folder = tmp_path_factory.mktemp("models")
-    classifiers = {("digits", 1): pooled(1), ("digits", 2): pooled(2), ("plain", 1): pooled(3)}
+    classifiers = {(NAME, 1): pooled(1), (NAME, 2): pooled(2), ("plain", 1): pooled(3)}
     found = {}
     for (name, version), classifier in classifiers.items():
         detector = None
-        if name == "digits":
+        if name == NAME:
             detector = GradientNormDetector.fit(classifier, random_images(100), 0.5)
         export(classifier, folder / name, detector=detector, version=version)
         found[name, version] = classifier, detector
@@ -71,7 +73,7 @@ def real_server(folder, scratch):
     """`tensorflow_model_server` with the settings of `serving/`."""
     text = (ROOT / "serving" / "models.config").read_text()
     plain = f'config {{ name: "plain" base_path: "{folder}/plain" model_platform: "tensorflow" }}'
-    text = text.replace("/models/digits", f"{folder}/digits")
+    text = text.replace(f"/models/{NAME}", f"{folder}/{NAME}")
     (scratch / "models.config").write_text(re.sub(r"}\s*$", f"{plain} }}", text))
     ports = {}
     for scheme in ("grpc", "http"):
@@ -86,7 +88,9 @@ def real_server(folder, scratch):
     process = subprocess.Popen([*command, *settings])
     found = {scheme: f"{scheme}://127.0.0.1:{port}" for scheme, port in ports.items()}
     try:
-        for url in (f"{found['http']}/v1/models/{path}" for path in ("digits/versions/2", "plain")):
+        for url in (
+            f"{found['http']}/v1/models/{path}" for path in (f"{NAME}/versions/2", "plain")
+        ):
             for _ in range(600):
                 with contextlib.suppress(OSError):
                     if b'"AVAILABLE"' in urllib.request.urlopen(url).read():
@@ -104,10 +108,10 @@ SCHEMES = pytest.mark.parametrize("scheme", ["http", "grpc"])
 @SCHEMES
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_the_client_gets_the_classifiers_numbers(addresses, models, scheme, count):
-    classifier, detector = models[1]["digits", 2]
+    classifier, detector = models[1][NAME, 2]
     images = random_images(count, count)
     pixels = np.round(255 * images).astype("uint8")
-    with Client(addresses[scheme], "digits") as client:
+    with Client(addresses[scheme], NAME) as client:
         for given, seen in ((images, images), (pixels, (pixels / 255).astype("float32"))):
             found = client.classify(given)
             logits = classifier.predict(seen, verbose=0)
@@ -133,8 +137,8 @@ def test_versions_and_labels_are_chosen(addresses, models, scheme):
         ({"label": "stable"}, 1),
         ({"label": "canary"}, 2),
     ):
-        expected = models[1]["digits", version][0].predict(images, verbose=0)
-        with Client(addresses[scheme], "digits", **choice) as client:
+        expected = models[1][NAME, version][0].predict(images, verbose=0)
+        with Client(addresses[scheme], NAME, **choice) as client:
             np.testing.assert_allclose(client.logits(images), expected, atol=1e-5)
 
 
@@ -151,11 +155,11 @@ def test_a_model_without_a_detector_suspects_nothing(addresses, scheme):
 def test_what_the_server_refuses_is_a_value_error_in_its_words(addresses, scheme, pixels):
     large = np.ones((2, 16, 16, 1), "uint8" if pixels else "float32")
     with (
-        Client(addresses[scheme], "digits") as client,
+        Client(addresses[scheme], NAME) as client,
         pytest.raises(ValueError, match=r"\[2,16,16,1\] is not compatible with .*\[\?,8,8,1"),
     ):
         client.classify(large)
-    for model, choice in (("digits", {"version": 9}), ("letters", {})):
+    for model, choice in ((NAME, {"version": 9}), ("letters", {})):
         with (
             Client(addresses[scheme], model, **choice) as client,
             pytest.raises(ValueError, match="Servable not found"),
@@ -165,7 +169,7 @@ def test_what_the_server_refuses_is_a_value_error_in_its_words(addresses, scheme
 
 @SCHEMES
 def test_bad_images_are_refused_before_they_are_sent(scheme):
-    client = Client(f"{scheme}://127.0.0.1:9", "digits", retries=0)
+    client = Client(f"{scheme}://127.0.0.1:9", NAME, retries=0)
     good = random_images(2)
     for images, message in (
         (good * 255, "Divide 8-bit pixels by 255"),
@@ -180,12 +184,12 @@ def test_bad_images_are_refused_before_they_are_sent(scheme):
         client.logits(np.zeros((1, 8, 8, 1), "uint8"))
 
 
-@pytest.mark.parametrize("address", ["localhost:8501", "http://", "ftp://host", "grpc:8500"])
+@pytest.mark.parametrize("address", ["localhost:8501", "http://:8501", "ftp://host", "grpc:8500"])
 def test_an_address_says_how(address):
     with pytest.raises(ValueError, match="address must look like"):
-        Client(address, "digits")
+        Client(address, NAME)
     with pytest.raises(ValueError, match="not both"):
-        Client("http://host:8501", "digits", version=1, label="stable")
+        Client("http://host:8501", NAME, version=1, label="stable")
 
 
 # ---- Faults ------------------------------------------------------------------------------
@@ -194,13 +198,13 @@ def test_an_address_says_how(address):
 @SCHEMES
 def test_an_unavailable_server_is_asked_again(loopback, scheme):
     server, addresses = loopback
-    with Client(addresses[scheme], "digits") as client:
+    with Client(addresses[scheme], NAME) as client:
         server.requests, server.unavailable = 0, 2
         assert client.logits(random_images(1)).shape == (1, 5)
         assert server.requests == 3
         server.unavailable = 10
         with (
-            Client(addresses[scheme], "digits", retries=1) as impatient,
+            Client(addresses[scheme], NAME, retries=1) as impatient,
             pytest.raises(ConnectionError, match=r"after 2 attempts.*the queue is full"),
         ):
             impatient.logits(random_images(1))
@@ -212,7 +216,7 @@ def test_a_refusal_is_not_asked_again(loopback, scheme):
     server, addresses = loopback
     server.requests = 0
     with (
-        Client(addresses[scheme], "digits", version=9) as client,
+        Client(addresses[scheme], NAME, version=9) as client,
         pytest.raises(ValueError, match="Servable not found"),
     ):
         client.logits(random_images(1))
@@ -226,7 +230,7 @@ def test_a_call_ends_at_its_time_out(loopback, scheme):
     try:
         start = time.monotonic()
         with (
-            Client(addresses[scheme], "digits", timeout=0.3) as client,
+            Client(addresses[scheme], NAME, timeout=0.3) as client,
             pytest.raises(TimeoutError, match=r"did not answer within timeout=0\.3 seconds"),
         ):
             client.logits(random_images(1))
@@ -242,7 +246,7 @@ def test_a_server_that_starts_late_is_found(models, scheme):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    client = Client(f"{scheme}://127.0.0.1:{port}", "digits", retries=8)
+    client = Client(f"{scheme}://127.0.0.1:{port}", NAME, retries=8)
     found = []
     asking = threading.Thread(target=lambda: found.append(client.logits(random_images(1))))
     asking.start()
@@ -258,10 +262,36 @@ def test_no_server_is_a_connection_error(scheme):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with (
-        Client(f"{scheme}://127.0.0.1:{port}", "digits", retries=1) as client,
+        Client(f"{scheme}://127.0.0.1:{port}", NAME, retries=1) as client,
         pytest.raises(ConnectionError, match=f"127.0.0.1:{port} is unavailable after 2"),
     ):
         client.logits(random_images(1))
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_page_in_place_of_a_reply_is_shown(status):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>Welcome</html>")
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    client = Client(f"http://127.0.0.1:{server.server_port}", NAME)
+    with pytest.raises(RuntimeError, match="<html>Welcome"):
+        client.logits(random_images(1))
+    server.server_close()
+
+
+def test_grpc_without_the_stubs_says_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(ImportError, match=r"pip install 'tvkeras\[serving\]'"):
+        Client("grpc://host:8500", NAME)
 
 
 # ---- What is beside the server -----------------------------------------------------------
@@ -274,7 +304,7 @@ for name in ("keras", "tensorflow", "grpc"):
     sys.modules[name] = None  # any import of it fails
 import numpy as np
 from tvkeras.serving import Client
-print(Client({addresses["http"]!r}, "digits").classify(np.ones((1, 8, 8, 1))).class_id.shape)
+print(Client({addresses["http"]!r}, {NAME!r}).classify(np.ones((1, 8, 8, 1))).class_id.shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "(1,)\n"
@@ -283,7 +313,7 @@ print(Client({addresses["http"]!r}, "digits").classify(np.ones((1, 8, 8, 1))).cl
 @SCHEMES
 @pytest.mark.slow
 def test_the_load_script_measures(addresses, scheme):
-    command = f"serving/load.py --address={addresses[scheme]} --model=digits --shape 8 8 1"
+    command = f"serving/load.py --address={addresses[scheme]} --model={NAME} --shape 8 8 1"
     for more in ("--requests=20 --threads=2", "--requests=5 --images=9 --uint8 --label=stable"):
         done = subprocess.run(
             [sys.executable, *command.split(), *more.split()],

@@ -72,7 +72,8 @@ def export(
         )
     folder = pathlib.Path(output)
     if version is None:
-        version = 1 + max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+        names = [path.name for path in folder.glob("*")]
+        version = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
     target = folder / str(checks.whole_number("version", version, minimum=1))
     if target.exists():
         raise ValueError(f"version {version} exists in {folder}. Versions are never replaced.")
@@ -201,7 +202,9 @@ def run_detector(
 
 def main() -> None:
     """Parse and call."""
-    parser = argparse.ArgumentParser(prog="python -m tvkeras.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tvkeras.export", description="Exports a classifier to TensorFlow Serving."
+    )
     add = parser.add_argument
     add("--model", required=True, help="A run folder, or the name of a zoo entry.")
     add("--output", required=True, help="Folder of the model's versions.")

@@ -84,7 +84,7 @@ class Client:
         retries: int = 5,
     ) -> None:
         parts = urllib.parse.urlsplit(address)
-        if parts.scheme not in ("http", "https", "grpc") or not parts.netloc:
+        if parts.scheme not in ("http", "https", "grpc") or not parts.hostname:
             raise ValueError(
                 "address must look like 'http://host:8501', 'https://host' or "
                 f"'grpc://host:8500', got address={address!r}."

@@ -130,6 +130,14 @@ def test_a_card_whose_audit_passes_says_so(evaluated):
 
 
 @pytest.mark.slow
+def test_the_evasive_attack_is_measured_at_its_own_threshold_alone(evaluated):
+    (report,) = evaluated[0].detection
+    assert (report.held_out_images, report.false_positive_rate.n) == (144, 360)
+    assert report.at.keys() == {"PGD, ε = 1/2", "DDN"}  # at the largest radius
+    assert "| evasive | 25.0 (14.2-40.2) | - | 1.5 | 40 |" in card.render(by_hand())
+
+
+@pytest.mark.slow
 def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
     found, output = masked
     assert [(report.norm, report.verdict) for report in found.audit] == [
@@ -256,6 +264,16 @@ def by_hand(**changes):
     audit = card.AuditReport(
         norm="l2", verdict="unreliable", images=40, surrogate=None, checks=(check,)
     )
+    detection = card.DetectionReport(
+        statistic="loss",
+        threshold=0.5,
+        held_out_images=99,
+        false_positive_rate=share,
+        detected={"PGD": share, "evasive": share},
+        at={"PGD": {"0.01": 0.3}},
+        median_distance={"PGD": 1.0, "evasive": 1.5},
+        evasive_success=share,
+    )
     content = {
         "name": 'the "first": one',
         "command": "python -m tvkeras.evaluate",
@@ -272,7 +290,7 @@ def by_hand(**changes):
             ),
         ),
         "audit": (audit,),
-        "detection": (),
+        "detection": (detection,),
         "bounds": (),
         "figures": {},
         "versions": {},

@@ -140,7 +140,7 @@ def evaluate(
             model,
             gradients[detector.statistic],
             as_float(test.images),
-            {**adversarial, "evasive": evading},
+            {**adversarial, card.EVASIVE: evading},
             len(held_out),
         )
         detection.append(report)
@@ -314,7 +314,9 @@ def _detection(
             distances[name] = float(
                 np.median(np.linalg.norm(changes.reshape(len(changes), -1), axis=1))
             )
-    curves = {name: roc(scores["clean"], scores[name]) for name in distances}
+    curves = {
+        name: roc(scores["clean"], scores[name]) for name in distances if name != card.EVASIVE
+    }
     report = card.DetectionReport(
         statistic=detector.statistic,
         threshold=detector.threshold,
@@ -326,7 +328,7 @@ def _detection(
             for name, curve in curves.items()
         },
         median_distance=distances,
-        evasive_success=card.rate(adversarial["evasive"].success),
+        evasive_success=card.rate(adversarial[card.EVASIVE].success),
     )
     return report, scores, curves
 

@@ -15,6 +15,7 @@ from tvkeras.evaluation.case import Check
 from tvkeras.evaluation.suite import Outcome
 
 SCHEMA = 2  # 1 had no audit
+EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ class DetectionReport:
         held_out_images: How many clean training images it was chosen on.
         false_positive_rate: Share of clean test images rejected.
         detected: By attack: share of its adversarial images rejected at that threshold.
-        at: By attack, then by false-positive rate on the test images as text: the
-            share rejected.
+        at: By attack other than the evasive one, then by false-positive rate on the test
+            images as text: the share rejected.
         median_distance: By attack, l2 distance of its adversarial images.
         evasive_success: Share of images for which the evasive attack found a
             misclassified one that is not rejected.
@@ -379,7 +380,7 @@ def _audit(card: Card) -> list[str]:
         "The audit checks classifier and attack, and compares 20-step PGD with other attacks"
         f"{f' and with adversarial images of {surrogate}' if surrogate else ''} on the first "
         f"{audited[0].images:,} images, for signs that the gradient misleads. `reliable` means "
-        "that it found none. Each figure is what the function of that name in "
+        "that no check failed. Each figure is what the function of that name in "
         "`tvkeras.evaluation.sanity` or `tvkeras.evaluation.masking` says.",
         "",
     ]
@@ -459,8 +460,9 @@ def _detection(card: Card) -> list[str]:
             f"{report.false_positive_rate.n:,} clean test images that is "
             f"{_percent(report.false_positive_rate)} %. The evasive attack, which knows the "
             "detector, finds a misclassified image that is not rejected for "
-            f"{_percent(report.evasive_success)} % of {report.evasive_success.n:,} images. The "
-            "table is over the adversarial images found.",
+            f"{_percent(report.evasive_success)} % of {report.evasive_success.n:,} images; made "
+            "for this threshold, it says nothing of others. The table is over the adversarial "
+            "images found.",
             "",
         ]
         rates = " / ".join(f"{100 * float(r):.0f}" for r in next(iter(report.at.values()), ()))
@@ -476,7 +478,9 @@ def _detection(card: Card) -> list[str]:
                 [
                     name,
                     _percent(found),
-                    " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
+                    "-"
+                    if name == EVASIVE
+                    else " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
                     _number(report.median_distance[name]),
                     f"{found.n:,}",
                 ]

@@ -26,7 +26,7 @@ class Trial:
         name: Short, the same in tables, cards and figures.
         attack: The attack.
         epsilons: Radii for an attack that takes one: numbers, or text such as "8/255".
-        images: How many of the first images it attacks.
+        images: How many of the first images it attacks; all if there are fewer.
 
     Raises:
         ValueError: For an illegal argument.

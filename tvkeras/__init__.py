@@ -37,18 +37,6 @@ _HOMES = {
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
 }
-_MODULES = (
-    "attacks",
-    "bounds",
-    "data",
-    "detection",
-    "evaluation",
-    "export",
-    "models",
-    "norms",
-    "serving",
-    "zoo",
-)
 
 __all__ = [
     "TRADES",
@@ -71,10 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"tvkeras.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"tvkeras.{_HOMES[name]}"), name)
+    if name in __all__:  # a module
+        return importlib.import_module(f"tvkeras.{name}")
     raise AttributeError(f"module 'tvkeras' has no attribute {name!r}; it has {__all__}.")
 
 

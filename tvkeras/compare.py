@@ -13,7 +13,7 @@ from absl import app, flags
 
 from tvkeras import checks
 from tvkeras.evaluation import figures
-from tvkeras.evaluation.card import Card, Rate
+from tvkeras.evaluation.card import Card, Rate, find
 
 _FIGURE = flags.DEFINE_string("figure", "comparison.png", "The PNG to write.")
 
@@ -55,9 +55,8 @@ def read(folder: pathlib.Path) -> Card:
     Raises:
         ValueError: If there is none.
     """
-    for path in (folder / "card.json", folder / "evaluation" / "card.json"):
-        if path.exists():
-            return Card.from_json(path.read_text())
+    if found := find(folder):
+        return found
     raise ValueError(
         f"{folder} has no card.json. Evaluate it: python -m tvkeras.evaluate --model={folder} ..."
     )

@@ -183,9 +183,7 @@ def run_detector(
     """
     checks.one_of("statistic", statistic, STATISTICS)
     run = pathlib.Path(run_dir)
-    cards = [path for path in (run / "evaluation", run) if (path / "card.json").exists()]
-    if false_positive_rate is None and cards:
-        measured = card.Card.from_json((cards[0] / "card.json").read_text())
+    if false_positive_rate is None and (measured := card.find(run)):
         weights = hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest()
         for report in measured.detection:
             if report.statistic == statistic and measured.model["weights_sha256"] == weights:

@@ -513,6 +513,14 @@ def _bounds(card: Card) -> list[str]:
     ]
 
 
+def find(folder: pathlib.Path) -> Card | None:
+    """The card of a run folder, an evaluation's or a zoo entry's, if there is one."""
+    for path in (folder / "evaluation" / "card.json", folder / "card.json"):
+        if path.exists():
+            return Card.from_json(path.read_text())
+    return None
+
+
 def write(card: Card, folder: pathlib.Path) -> None:
     """Writes `card.json` and `README.md` into a folder."""
     (folder / "card.json").write_text(card.to_json())

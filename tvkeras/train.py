@@ -204,6 +204,7 @@ def train(
     # ---- Measurement, on one device and on the weights that are published ------------
     if spread.process > 0:
         return {}
+    keras.config.set_dtype_policy("float32")  # as `zoo.load` builds it, whatever trained it
     classifier = build()
     classifier.load_weights(recorder.best_path)
     results = evaluation.measure(

@@ -4,17 +4,21 @@ python -m tvkeras.zoo list [PATTERN]        names, size of the weights, where th
 python -m tvkeras.zoo show NAME             what was measured, and how to load it
 python -m tvkeras.zoo verify [NAME]         checks files and logits of one entry or all
 python -m tvkeras.zoo publish RUN_DIR NAME  makes an entry of an evaluated run
+python -m tvkeras.zoo site [PATTERN]        builds a leaderboard to look at, in --output
 """
 
 import inspect
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags
 
 from tvkeras import zoo
 from tvkeras.evaluation.card import Rate
 from tvkeras.zoo import store
+
+_OUTPUT = flags.DEFINE_string("output", "site", "The folder that `site` writes.")
 
 
 def list_(pattern: str = "*") -> None:
@@ -78,11 +82,19 @@ def publish(run_dir: str, name: str) -> None:
     print(f"published: {zoo.publish(run_dir, name)}")
 
 
+def site(pattern: str = "*") -> None:
+    """Builds the pages of the entries."""
+    from tvkeras.zoo import site as pages  # what makes pages is needed here alone
+
+    print(f"open in a browser: {pages.build(zoo.names(pattern), pathlib.Path(_OUTPUT.value))}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_,
     "show": show,
     "verify": verify,
     "publish": publish,
+    "site": site,
 }
 
 

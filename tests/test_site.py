@@ -1,0 +1,245 @@
+import dataclasses
+import html
+import html.parser
+import json
+import os
+import shutil
+
+import pytest
+
+from tvkeras import zoo
+from tvkeras.evaluation.card import Rate
+from tvkeras.zoo import __main__ as command
+from tvkeras.zoo import site, store
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"),
+)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The folder of a site of all entries."""
+    return site.build(zoo.names(), tmp_path_factory.mktemp("site") / "new").parent
+
+
+class Addresses(html.parser.HTMLParser):
+    """Collects what a page refers to, and its images' captions."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.captions = [], []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.found += [attributes[name] for name in ("href", "src") if name in attributes]
+        if tag == "img":
+            self.captions.append(attributes["alt"])
+
+
+def test_every_address_is_a_file_of_the_site(pages):
+    for page in pages.rglob("*.html"):
+        found = Addresses(page).found
+        assert len(found) >= 3
+        for address in found:
+            assert (page.parent / address).resolve().is_relative_to(pages), address
+            assert (page.parent / address).is_file(), address
+
+
+def test_an_entry_has_its_figures_and_how_to_load_it(pages):
+    for name in zoo.names():
+        card, page = zoo.card(name), pages / name / "index.html"
+        assert Addresses(page).captions == list(card.figures)
+        text = html.unescape(page.read_text())
+        assert f'tvkeras.zoo.load("{name}")' in text
+        assert "model-index" not in text
+        for report in card.audit:
+            assert f"{report.norm}: <strong>{report.verdict}</strong>" in text
+        assert json.loads((pages / name / "card.json").read_text())["name"] == name
+
+
+def test_what_was_measured_alike_stands_together_the_unreliable_last():
+    card = zoo.card("digits_tv_lip")
+    worst = dataclasses.replace(card.worst_case[0], norm="l2", median_distance=9.0)
+    other = dataclasses.replace(
+        worst, error={"1/2": Rate(value=0.5, low=0.4, high=0.6, n=9)}, median_distance=None
+    )
+    cards = [
+        dataclasses.replace(
+            card,
+            name="masked",
+            worst_case=(worst,),
+            audit=(dataclasses.replace(card.audit[0], verdict="unreliable"),),
+        ),
+        dataclasses.replace(card, name="unfinished", worst_case=(other,)),
+        dataclasses.replace(card, name="elsewhere", dataset="cifar10 test"),
+        card,
+    ]
+    found = {(table["dataset"], table["norm"]): table for table in site.tables(cards)}
+    assert list(found) == [
+        (dataset, norm) for dataset in ("cifar10 test", "digits test") for norm in ("l2", "linf")
+    ]
+    table = found["digits test", "l2"]
+    assert [row["card"].name for row in table["rows"]] == ["digits_tv_lip", "unfinished", "masked"]
+    assert table["radii"] == ["0.25", "0.5", "1/2", "1.0"]
+    assert site.leaderboard(cards).count(">unreliable</td>") == 1
+    assert site.leaderboard([card]).count("unreliable") == 0
+
+
+def test_text_of_a_card_is_no_markup():
+    card = dataclasses.replace(zoo.card("digits_tv_lip"), dataset="<script>alert(1)</script>")
+    assert "<script>alert" not in site.leaderboard([card])
+
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "site"
+    monkeypatch.setattr(command, "_OUTPUT", type("Flag", (), {"value": str(output)}))
+    command.main(["zoo", "site", "digits_*"])
+    command.main(["zoo", "site", "digits_*"])  # again, over itself
+    assert capsys.readouterr().out == f"open in a browser: {output / 'index.html'}\n" * 2
+    assert {path.name for path in output.iterdir() if path.is_dir()} == set(zoo.names("digits_*"))
+    with pytest.raises(SystemExit, match="error: names must hold an entry of the zoo, got none of"):
+        command.main(["zoo", "site", "no_such_*"])
+    monkeypatch.setattr(command, "_OUTPUT", type("Flag", (), {"value": str(output / "site.css")}))
+    with pytest.raises(SystemExit, match=r"error: .*site\.css"):
+        command.main(["zoo", "site"])
+
+
+def test_a_card_that_is_not_the_published_one_makes_no_page(tmp_path, monkeypatch):
+    shutil.copytree(store.CHECKOUT / "digits_tv_lip", tmp_path / "zoo" / "digits_tv_lip")
+    (tmp_path / "zoo" / "digits_tv_lip" / "distances.png").write_bytes(b"")
+    monkeypatch.setattr(store, "CHECKOUT", tmp_path / "zoo")
+    with pytest.raises(ValueError, match=r"distances\.png is not the published file"):
+        site.build(["digits_tv_lip"], tmp_path / "site")
+
+
+# ---- In a browser: headless Chromium, where it is installed ----------------------------
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium, driven by Selenium."""
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in programs:
+        if os.environ.get("CI"):
+            pytest.fail("chromium and chromedriver are missing: `.ci/run` installs them")
+        pytest.skip("needs chromium and chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def leaderboard(browser, pages):
+    """The leaderboard in the browser, as it opens."""
+    browser.set_window_size(1250, 900)
+    browser.get((pages / "index.html").as_uri())
+    return browser
+
+
+def cells(leaderboard, section, column):
+    """The text of a column of a section's table, in the order shown."""
+    script = """
+        const table = document.querySelectorAll("section")[arguments[0]].querySelector("table");
+        return [...table.tBodies[0].rows].map((row) => row.cells[arguments[1]].textContent);
+    """
+    return leaderboard.execute_script(script, section, column)
+
+
+def visible(leaderboard, selector):
+    """Text of the elements that can be seen."""
+    found = leaderboard.find_elements("css selector", selector)
+    return [element.text for element in found if element.is_displayed()]
+
+
+def choose(leaderboard, name, value):
+    select = leaderboard.find_element("name", name)
+    select.find_element("xpath", f"option[.='{value}']").click()
+
+
+def test_figures_are_loaded_and_nothing_is_wrong(leaderboard, pages):
+    for name in zoo.names():
+        leaderboard.get((pages / "index.html").as_uri())
+        leaderboard.find_element("link text", name).click()
+        sizes = leaderboard.execute_script("return [...document.images].map((i) => i.naturalWidth)")
+        assert len(sizes) == len(zoo.card(name).figures)
+        assert min(sizes) > 0
+        leaderboard.find_element("link text", "All models").click()
+        assert leaderboard.title.startswith("tvkeras zoo")
+    assert leaderboard.get_log("browser") == []
+
+
+@pytest.mark.parametrize("by_keyboard", [False, True])
+def test_a_heading_sorts_its_table_both_ways(leaderboard, by_keyboard):
+    headings = [button.text for button in leaderboard.find_elements("css selector", "thead button")]
+    clean = headings.index("Clean")
+    button = leaderboard.find_elements("css selector", "thead button")[clean]
+
+    def press():
+        if by_keyboard:
+            leaderboard.execute_script("arguments[0].focus()", button)
+            button.send_keys("\n")
+        else:
+            button.click()
+
+    heading = button.find_element("xpath", "..")
+    press()
+    ascending = cells(leaderboard, 0, clean)
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert [float(text) for text in ascending] == sorted(map(float, ascending))
+    press()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert cells(leaderboard, 0, clean) == ascending[::-1]
+    assert len(leaderboard.find_elements("css selector", "section:first-of-type [aria-sort]")) == 1
+    assert len(set(ascending)) > 1
+
+
+def test_filters_leave_what_was_asked_for(leaderboard):
+    everything = visible(leaderboard, "h2")
+    rows = len(visible(leaderboard, "tbody tr"))
+    assert visible(leaderboard, "output") == [f"{rows} rows"]
+    choose(leaderboard, "norm", "l2")
+    assert visible(leaderboard, "h2") == [title for title in everything if title.endswith(", l2")]
+    choose(leaderboard, "network", "small_cnn")
+    assert set(visible(leaderboard, "tbody td:nth-child(2)")) == {"small_cnn"}
+    assert visible(leaderboard, "h2") == ["digits test, l2"]
+    assert visible(leaderboard, "output") == ["2 rows"]
+    choose(leaderboard, "norm", "all")
+    choose(leaderboard, "network", "all")
+    assert len(visible(leaderboard, "tbody tr")) == rows
+
+
+def test_keys_reach_filters_headings_and_models(leaderboard):
+    reached = set()
+    for _ in range(25):
+        leaderboard.switch_to.active_element.send_keys("\t")
+        reached.add(leaderboard.switch_to.active_element.tag_name)
+    assert {"select", "button", "a"} <= reached
+
+
+@pytest.mark.parametrize("page", ["index.html", "digits_tv_lip/index.html"])
+def test_a_narrow_screen_scrolls_in_tables_alone(leaderboard, pages, page):
+    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    leaderboard.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        leaderboard.get((pages / page).as_uri())
+        width = leaderboard.execute_script("return document.documentElement.scrollWidth")
+    finally:
+        leaderboard.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert width <= 360
+
+
+def test_without_scripts_the_tables_stand(leaderboard, pages):
+    leaderboard.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        leaderboard.get((pages / "index.html").as_uri())
+        assert visible(leaderboard, "form") == []
+        assert set(zoo.names()) <= set(visible(leaderboard, "tbody a"))
+    finally:
+        leaderboard.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

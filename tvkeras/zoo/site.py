@@ -1,0 +1,112 @@
+"""A static leaderboard of the zoo: pages made of the cards, which need no server.
+
+The templates are in `tvkeras/zoo/templates`; an entry's page is its card's own page as HTML.
+"""
+
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import markdown
+import markupsafe
+
+from tvkeras import checks
+from tvkeras.evaluation import card
+from tvkeras.evaluation.card import Card, WorstCase
+from tvkeras.zoo import store
+
+STATIC_FILES = ("site.css", "site.js")
+
+_FOLDER = pathlib.Path(__file__).with_name("templates")
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_FOLDER),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
+    """Writes the pages of some entries: a leaderboard, and a page for each.
+
+    Args:
+        names: Of entries; their cards and figures are fetched.
+        output: The folder to write into; what else is in it stays.
+
+    Returns:
+        The leaderboard, to open in a browser.
+
+    Raises:
+        ValueError: For no entries, an unknown one, or one of a newer schema.
+        store.DownloadError: If a card or a figure is neither here nor can be downloaded.
+        OSError: If `output` cannot be written.
+    """
+    if not names:
+        raise ValueError(f"names must hold an entry of the zoo, got none of {[*store.index()]}.")
+    output.mkdir(parents=True, exist_ok=True)
+    for file in STATIC_FILES:
+        shutil.copyfile(_FOLDER / file, output / file)
+    cards = [_build_page(name, output / name) for name in names]
+    (output / "index.html").write_text(leaderboard(cards))
+    return output / "index.html"
+
+
+def leaderboard(cards: Sequence[Card]) -> str:
+    """The page of tables that `tables` describes, as HTML."""
+    page = _TEMPLATES.get_template("leaderboard.html")
+    return page.render(tables=tables(cards), cards=cards)
+
+
+def _build_page(name: str, output: pathlib.Path) -> Card:
+    """Writes the page of one entry, with its figures; returns its card."""
+    about = Card.from_json((store.folder(name, "card.json") / "card.json").read_text())
+    files = ["card.json", *about.figures.values()]
+    entry = store.folder(name, *files)
+    output.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(entry / file, output / file)
+    page = _TEMPLATES.get_template("model.html")
+    (output / "index.html").write_text(page.render(card=about, body=_body(about)))
+    return about
+
+
+def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """What the leaderboard shows: a table for each test set and norm, as measured alike.
+
+    Returns:
+        For each, `dataset`, `norm`, `radii` as text and ascending, and `rows` of a card
+        and its `worst` case in that norm: those first whose median distance is largest,
+        unreliable ones last.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for about in cards:
+        for worst in about.worst_case:
+            group = groups.setdefault((about.dataset, worst.norm), [])
+            group.append({"card": about, "worst": worst})
+    return [
+        {
+            "dataset": dataset,
+            "norm": norm,
+            "radii": sorted({e for row in rows for e in row["worst"].error}, key=_by_size),
+            "rows": sorted(rows, key=lambda row: _rank(row["card"], row["worst"])),
+        }
+        for (dataset, norm), rows in sorted(groups.items())
+    ]
+
+
+def _by_size(radius: str) -> tuple[float, str]:
+    return checks.epsilon(radius), radius
+
+
+def _rank(about: Card, worst: WorstCase) -> tuple[bool, float, str]:
+    return about.unreliable, -(worst.median_distance or 0.0), about.name
+
+
+def _body(about: Card) -> markupsafe.Markup:
+    """The card's page as HTML, without the metadata before it."""
+    page = re.sub(r"\A---\n.*?\n---\n", "", card.render(about), flags=re.DOTALL)
+    return markupsafe.Markup(markdown.markdown(page, extensions=["tables", "fenced_code"]))

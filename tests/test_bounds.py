@@ -103,6 +103,7 @@ def test_linear_layers_constants_are_above_their_norms(layer):
         layers.MaxPooling2D(2),
         layers.MaxPooling2D(3, strides=2, padding="same"),
         layers.Activation("gelu"),
+        layers.Activation("silu"),
         layers.Activation("softplus"),
         layers.ReLU(negative_slope=1.5),
     ],
@@ -113,9 +114,9 @@ def test_no_two_points_are_farther_apart_than_the_constant_allows(layer):
     constant = bounds.lipschitz_constant(model)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2000, 7, 7, 2), scale=2)
-    images[0] = np.sqrt(2)  # where GELU is steepest
+    images[0], images[1] = np.sqrt(2), 2.39936  # where GELU and SiLU are steepest
     others = images + rng.normal(size=images.shape) * 1e-2 * (rng.random(images.shape) < 0.1)
-    others[0] = images[0] + 1e-2
+    others[:2] = images[:2] + 1e-2
     images, others = images.astype("float32"), others.astype("float32")
     one, other = (ops.convert_to_numpy(model(x)).reshape(2000, -1) for x in (images, others))
     moved = np.linalg.norm((images - others).reshape(2000, -1), axis=1)
@@ -180,7 +181,7 @@ def test_no_attack_finds_anything_below_a_certified_radius(separating):  # noqa:
     assert np.all(nearest >= bound.radius)
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "resnext10"])
+@pytest.mark.parametrize("name", ["small_cnn", "resnet9", "resnext10"])
 def test_the_networks_of_the_package_have_a_constant(name):
     model = tvkeras.models.build(name, 3, input_shape=(8, 8, 1), width=4)
     assert 0 < bounds.lipschitz_constant(model) < np.inf

@@ -16,9 +16,20 @@ def test_resnext34_has_the_paper_s_size():
     assert len(convolutions) == 1 + 15 * 2 * 2 + 2
 
 
+def test_resnet9_has_nine_layers_on_its_longest_path():
+    model = models.build("resnet9", 10, width=8)
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert kinds.count("Conv2D") + kinds.count("Dense") == 9
+    kernels = 9 * (3 * 8 + 8 * 16 + 2 * 16**2 + 16 * 32 + 32 * 64 + 2 * 64**2)
+    normalization = 2 * (8 + 3 * 16 + 32 + 3 * 64)
+    trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+    assert trainable == kernels + normalization + 64 * 10 + 10
+
+
 @pytest.mark.parametrize(
     "name",
     [
+        "resnet9",
         "resnext10",
         "small_cnn",
         pytest.param("resnet50", marks=pytest.mark.slow),

@@ -48,16 +48,22 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     assert (tmp_path / "tensorboard").exists() == (BACKEND == "tensorflow")
 
 
-def test_the_published_weights_are_half_size_and_give_the_reported_error(tmp_path):
-    report = run(tmp_path)
+@pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
+)
+def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path, precision):
+    report = run(tmp_path, f"train.precision='{precision}'")
+    assert keras.config.dtype_policy().name == "float32"
     classifier = tvkeras.models.build("small_cnn", 10, width=4)
     classifier.load_weights(tmp_path / "best.weights.h5")
     assert {str(w.dtype) for w in classifier.get_weights()} == {"float32"}
     for weights in classifier.get_weights():
         np.testing.assert_array_equal(weights, weights.astype("float16").astype("float32"))
     test = data.load("digits", "test")
-    predicted = classifier.predict(test.images.astype("float32") / 255, verbose=0).argmax(axis=1)
-    assert report["clean_error"] == pytest.approx((predicted != test.labels).mean())
+    logits = classifier.predict(test.images.astype("float32") / 255, verbose=0)
+    assert report["clean_error"] == pytest.approx((logits.argmax(axis=1) != test.labels).mean())
+    losses = keras.losses.sparse_categorical_crossentropy(test.labels, logits, from_logits=True)
+    assert report["loss"] == pytest.approx(float(keras.ops.mean(losses)), rel=1e-4)
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):

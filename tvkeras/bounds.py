@@ -302,6 +302,7 @@ def _activation(layer: Any) -> float:
         keras.activations.relu: 1.0,
         keras.activations.softplus: 1.0,
         keras.activations.gelu: 1.12891,  # slope Phi(x) + x phi(x), largest at x = sqrt(2)
+        keras.activations.silu: 1.09984,  # largest slope at x = 2.39936
     }
     if layer.activation not in constants:
         known = [function.__name__ for function in constants]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BACKEND, ROOT
-from tvkeras import attacks, compare, config, evaluate, evaluation, runs, train
+from tvkeras import attacks, compare, config, evaluate, evaluation, runs, train, zoo
 from tvkeras.evaluation import card, suite
 
 TRIALS = (
@@ -332,31 +332,66 @@ def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
 DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
 
 
-def test_runs_are_compared_in_the_order_of_their_weights(tmp_path):
+def test_cards_are_tabled_side_by_side():
+    attack = card.AttackReport(
+        name="PGD",
+        settings="",
+        norm="l2",
+        error={"1/2": card.rate(np.arange(40) < 30)},
+        median_distance=None,
+        median_queries=20.0,
+    )
+    one, other = by_hand(name="one", attacks=(attack,)), by_hand(name="other", detection=())
+    lines = compare.tables([one, other]).splitlines()
+    assert lines.count("|  | one | other |") == 3
+    for row in (
+        "| clean | 25.0 | 25.0 |",
+        "| l2 1/2 | 25.0 | 25.0 |",
+        "| median l2 | - | - |",
+        "| max ‖∇loss‖ | 2 | 2 |",
+        "| PGD 1/2 | 75.0 | - |",
+        "| PGD queries | 20 | - |",
+        "| PGD (loss) | 25.0 | - |",
+        "| evasive (loss), distance | 1.5 | - |",
+    ):
+        assert lines.count(row) == 1, row
+    with pytest.raises(ValueError, match=r"of one test set, got .*'cifar10 test'"):
+        compare.tables([one, by_hand(dataset="cifar10 test")])
+
+
+def test_errors_are_drawn_in_the_order_of_the_weights(tmp_path, monkeypatch):
     training = by_hand().training
     weak, strong = (
         by_hand(name=str(weight), training={**training, "defense": DEFENSE.format(weight)})
         for weight in (0.1, "'8/10'")
     )
-    figure = tmp_path / "comparison.png"
-    lines = compare.compare([strong, by_hand(name="plain"), weak], figure).splitlines()
-    assert lines[0] == "| run | tv / lipschitz weight | clean | l2 1/2 |"
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["0 / 0", "0.1 / 0.1", "0.8 / 0.1"]
-    assert lines[2] == "| plain | 0 / 0 | 25.0 | 25.0 |"
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    card.write(weak, tmp_path)
-    assert compare.read(tmp_path) == weak
+    drawn = []
+    monkeypatch.setattr(
+        compare.figures, "over_regularisation", lambda *arguments: drawn.append(arguments)
+    )
+    compare.draw([strong, by_hand(name="plain"), weak], tmp_path / "comparison.png")
+    labels, errors, path = drawn[0]
+    assert labels == ["0 / 0", "0.1 / 0.1", "0.8 / 0.1"]
+    assert {name: [rate.value for rate in rates] for name, rates in errors.items()} == {
+        "clean": [0.25] * 3,
+        "l2 1/2": [0.25] * 3,
+    }
+    monkeypatch.undo()
+    compare.draw([strong, weak], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
     other = by_hand(worst_case=(dataclasses.replace(weak.worst_case[0], norm="linf"),))
     trained = by_hand(training={**training, "defense": "TRADES(beta=6.0)"})
-    for bad, message in (
-        (other, "share no norm and radius"),
-        (by_hand(dataset="cifar10 test"), "of one data set"),
-        (trained, r"got .*TRADES"),
-    ):
+    for bad, message in ((other, "share no norm and radius"), (trained, r"got .*TRADES")):
         with pytest.raises(ValueError, match=message):
-            compare.compare([weak, bad], figure)
+            compare.draw([weak, bad], path)
+
+
+def test_cards_are_read_from_folders_and_the_zoo(tmp_path):
+    card.write(by_hand(), tmp_path)
+    assert compare.read(str(tmp_path)) == by_hand()
+    assert compare.read("digits_tv_lip") == zoo.card("digits_tv_lip")
     with pytest.raises(ValueError, match=r"no card\.json.*tvkeras\.evaluate"):
-        compare.read(tmp_path / "nowhere")
+        compare.read(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.slow

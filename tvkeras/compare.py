@@ -1,24 +1,48 @@
-"""Compares evaluated runs: `python -m tvkeras.compare RUN RUN ... --figure=comparison.png`.
+"""Compares evaluated models: `python -m tvkeras.compare MODEL MODEL ... [--figure=comparison.png]`.
 
-Prints a table, and draws clean and worst-case error against the regularisation's weights: too
-little leaves the worst case high, too much the clean error.
+MODEL is a run folder or the name of a zoo entry. Prints, as Markdown, the paper's tables: errors,
+distances and gradients; attack by attack; detection. The figure shows over-regularisation: clean
+and worst-case error against the weights, of which too little leaves the worst case high, too much
+the clean error.
 """
 
 import ast
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from tvkeras import checks
-from tvkeras.evaluation import figures
-from tvkeras.evaluation.card import Card, Rate, find
+from tvkeras import checks, zoo
+from tvkeras.evaluation import card, figures
+from tvkeras.evaluation.card import Card, Rate
 
-_FIGURE = flags.DEFINE_string("figure", "comparison.png", "The PNG to write.")
+_FIGURE = flags.DEFINE_string("figure", None, "A PNG to write: error against the weights.")
 
 
-def compare(cards: list[Card], path: pathlib.Path) -> str:
+def tables(cards: Sequence[Card]) -> str:
+    """What the cards measured, side by side: errors and rates in %, as Markdown.
+
+    Args:
+        cards: Of one test set, in the order of the columns. "-" where one lacks a figure.
+
+    Raises:
+        ValueError: If the cards are of different test sets.
+    """
+    if len({card.dataset for card in cards}) != 1:
+        raise ValueError(f"models must be of one test set, got {[card.dataset for card in cards]}.")
+    lines = []
+    for title, figures_of in (
+        ("Worst case over attacks, distances, gradients", _robustness),
+        ("Attack by attack", _attacks),
+        ("Detection by gradient norm", _detection),
+    ):
+        lines += [f"### {title}", "", *_table(cards, figures_of)]
+    return "\n".join(lines)
+
+
+def draw(cards: Sequence[Card], path: pathlib.Path) -> None:
     """Draws the errors of several cards, ordered by their weights.
 
     Args:
@@ -26,73 +50,111 @@ def compare(cards: list[Card], path: pathlib.Path) -> str:
             `TVLipschitz`.
         path: The PNG to write.
 
-    Returns:
-        The errors in %, as a Markdown table.
-
     Raises:
-        ValueError: If the cards are of different test sets, share no radius, or have no
-            weights.
+        ValueError: If the cards share no radius, or have no weights.
     """
-    if len({card.dataset for card in cards}) != 1:
-        raise ValueError(f"runs must be of one data set, got {[card.dataset for card in cards]}.")
-    ordered = sorted(cards, key=lambda card: tuple(_weights(card).values()))
+    ordered = sorted(cards, key=_weights)
     rows = [_errors(card) for card in ordered]
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     if shared == ["clean"]:
-        raise ValueError("runs share no norm and radius; evaluate them with the same gin files.")
-    labels = [f"{t:g} / {lip:g}" for t, lip in (_weights(card).values() for card in ordered)]
-    lines = {name: [row[name] for row in rows] for name in shared}
-    figures.over_regularisation(labels, lines, path)
-    table = [["run", "tv / lipschitz weight", *shared], ["---"] * (2 + len(shared))]
-    for card, label, row in zip(ordered, labels, rows, strict=True):
-        table.append([card.name, label, *(f"{100 * row[name].value:.1f}" for name in shared)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+        raise ValueError("models share no norm and radius: evaluate them with the same gin files.")
+    labels = [" / ".join(f"{weight:g}" for weight in _weights(card)) for card in ordered]
+    figures.over_regularisation(labels, {n: [row[n] for row in rows] for n in shared}, path)
 
 
-def read(folder: pathlib.Path) -> Card:
-    """The card in a run folder, an evaluation's or a zoo entry's.
+def read(model: str) -> Card:
+    """The card of a run folder, an evaluation's or a zoo entry.
 
     Raises:
         ValueError: If there is none.
     """
-    if found := find(folder):
+    if found := card.find(zoo.find(model)):
         return found
     raise ValueError(
-        f"{folder} has no card.json. Evaluate it: python -m tvkeras.evaluate --model={folder} ..."
+        f"{model} has no card.json. Evaluate it: python -m tvkeras.evaluate --model={model} ..."
     )
 
 
-def _errors(card: Card) -> dict[str, Rate]:
-    """Clean and worst-case errors, by what they are."""
+# ---- Figures by name --------------------------------------------------------------------
+def _errors(about: Card) -> dict[str, Rate]:
     worst = {
         f"{report.norm} {radius}": error
-        for report in card.worst_case
+        for report in about.worst_case
         for radius, error in report.error.items()
     }
-    return {"clean": card.clean_error, **worst}
+    return {"clean": about.clean_error, **worst}
 
 
-def _weights(card: Card) -> dict[str, float]:
+def _robustness(about: Card) -> dict[str, str]:
+    sizes = {
+        f"{statistic} ‖∇{function}‖": card.number(about.gradient_norms[key][statistic])
+        for key, function in (("loss", "loss"), ("model", "f"))
+        for statistic in ("mean", "max")
+    }
+    return {
+        **{name: _percent(error) for name, error in _errors(about).items()},
+        **{f"median {r.norm}": card.number(r.median_distance) for r in about.worst_case},
+        **sizes,
+    }
+
+
+def _attacks(about: Card) -> dict[str, str]:
+    found = {}
+    for report in about.attacks:
+        for radius, error in report.error.items():
+            found[f"{report.name} {radius}"] = _percent(error)
+        found[f"{report.name} queries"] = f"{report.median_queries:.0f}"
+    return found
+
+
+def _detection(about: Card) -> dict[str, str]:
+    found = {}
+    for report in about.detection:
+        found[f"clean ({report.statistic})"] = _percent(report.false_positive_rate)
+        for name, rate in report.detected.items():
+            found[f"{name} ({report.statistic})"] = _percent(rate)
+            found[f"{name} ({report.statistic}), distance"] = card.number(
+                report.median_distance[name]
+            )
+        found[f"images that evade ({report.statistic})"] = _percent(report.evasive_success)
+    return found
+
+
+def _table(cards: Sequence[Card], figures_of: Callable[[Card], dict[str, str]]) -> list[str]:
+    """A column for each card, a row for each figure that any of them has."""
+    columns = [figures_of(about) for about in cards]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    return card.table(["", *(about.name for about in cards)], rows)
+
+
+def _weights(about: Card) -> tuple[float, ...]:
     """The weights of the total variation and of the Lipschitz term."""
-    text = card.training["defense"]
+    text = about.training["defense"]
     call: Any = ast.parse(text, mode="eval").body
     if call.func.id not in ("Undefended", "TVLipschitz"):
-        raise ValueError(f"runs must be undefended or of a TVLipschitz, got {card.name}: {text}.")
+        raise ValueError(f"models must be undefended or of a TVLipschitz, got {about.name}: {text}")
     arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     names = ("tv_weight", "lipschitz_weight")
-    return {name: checks.epsilon(arguments.get(name, 0), name) for name in names}
+    return tuple(checks.epsilon(arguments.get(name, 0), name) for name in names)
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f}"
 
 
 def main(arguments: list[str]) -> None:
     """Parse, call."""
     try:
         if len(arguments) < 3:
-            raise ValueError("name at least two evaluated runs.")
-        cards = [read(pathlib.Path(folder)) for folder in arguments[1:]]
-        print(compare(cards, pathlib.Path(_FIGURE.value)))
+            raise ValueError("name at least two evaluated models.")
+        cards = [read(model) for model in arguments[1:]]
+        print(tables(cards))
+        if _FIGURE.value:
+            draw(cards, pathlib.Path(_FIGURE.value))
+            print(f"figure: {_FIGURE.value}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"\nfigure: {_FIGURE.value}")
 
 
 if __name__ == "__main__":

@@ -353,13 +353,13 @@ def _worst_case(card: Card) -> list[str]:
         "",
     ]
     for worst in card.worst_case:
-        lines += _table(
+        lines += table(
             [worst.norm, "ε = 0", *(f"ε = {e}" for e in worst.error), "median distance", "images"],
             [
                 [
                     "error, %",
                     *map(_percent, (worst.clean_error, *worst.error.values())),
-                    _number(worst.median_distance),
+                    number(worst.median_distance),
                     f"{worst.clean_error.n:,}",
                 ]
             ],
@@ -386,7 +386,7 @@ def _audit(card: Card) -> list[str]:
     ]
     names = dict.fromkeys(check.name for report in audited for check in report.checks)
     rows = [[f"`{name}`", *(_figure(report, name) for report in audited)] for name in names]
-    lines += _table(["check", *(report.norm for report in audited)], rows)
+    lines += table(["check", *(report.norm for report in audited)], rows)
     advice = [
         f"- `{check.name}` ({report.norm}, {check.status}): {check.advice}"
         for report in audited
@@ -407,7 +407,7 @@ def _figure(report: AuditReport, name: str) -> str:
     for check in report.checks:
         if check.name == name:
             status = "" if check.status == "pass" else f" **{check.status}**"
-            return f"{_number(check.figure)}{status}"
+            return f"{number(check.figure)}{status}"
     return ""
 
 
@@ -417,7 +417,7 @@ def _attacks(card: Card) -> list[str]:
             report.name,
             report.norm,
             ", ".join(f"{100 * r.value:.1f} @ {e}" for e, r in report.error.items()),
-            _number(report.median_distance),
+            number(report.median_distance),
             f"{report.median_queries:.0f}",
             f"{next(iter(report.error.values())).n:,}",
         ]
@@ -430,7 +430,7 @@ def _attacks(card: Card) -> list[str]:
         "they are misclassified without; for attacks that look for the nearest. Queries: calls of "
         "the model for an image that is classified rightly, a gradient counted as one.",
         "",
-        *_table(
+        *table(
             ["attack", "norm", "error, % @ ε", "median distance", "median queries", "images"], rows
         ),
         *(f"- {report.name}: `{report.settings}`" for report in card.attacks),
@@ -448,7 +448,7 @@ def _gradients(card: Card) -> list[str]:
         for key, name in names.items()
     ]
     heading = f"over {card.clean_error.n:,} images"
-    return ["## Gradients", "", *_table([heading, "mean", "maximum"], rows)]
+    return ["## Gradients", "", *table([heading, "mean", "maximum"], rows)]
 
 
 def _detection(card: Card) -> list[str]:
@@ -466,7 +466,7 @@ def _detection(card: Card) -> list[str]:
             "",
         ]
         rates = " / ".join(f"{100 * float(r):.0f}" for r in next(iter(report.at.values()), ()))
-        lines += _table(
+        lines += table(
             [
                 "attack",
                 "rejected, %",
@@ -481,7 +481,7 @@ def _detection(card: Card) -> list[str]:
                     "-"
                     if name == EVASIVE
                     else " / ".join(f"{100 * value:.0f}" for value in report.at[name].values()),
-                    _number(report.median_distance[name]),
+                    number(report.median_distance[name]),
                     f"{found.n:,}",
                 ]
                 for name, found in report.detected.items()
@@ -507,7 +507,7 @@ def _bounds(card: Card) -> list[str]:
         "Radii within which no attack should succeed, over the attacked images: only a certified "
         "one is proved.",
         "",
-        *_table(
+        *table(
             ["kind", "norm", "median radius", "error at most, % @ ε", "takes for granted"], rows
         ),
     ]
@@ -551,7 +551,8 @@ def _metadata(card: Card) -> list[str]:
     return [*lines, "---", ""]
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one."""
     lines = [heading, ["---"] * len(heading), *rows]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
@@ -560,5 +561,6 @@ def _percent(rate: Rate) -> str:
     return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three significant digits; "-" for what was not measured."""
     return "-" if value is None else f"{value:.3g}"

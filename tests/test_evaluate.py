@@ -31,6 +31,7 @@ SETTINGS = {
     "evasive": {"steps": 5, "weights": 2},
     "evasive_images": 10,
     "audited_images": 20,
+    "note": "Trained briefly.",
 }
 
 
@@ -330,6 +331,16 @@ def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
 
 
 DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
+
+
+def test_a_card_before_notes_is_read_and_keeps_its_page():
+    noted = by_hand(note="Trained briefly.")
+    assert "\n\nTrained briefly.\n\n" in card.render(noted)
+    content = json.loads(noted.to_json())
+    del content["note"]
+    older = card.Card.from_json(json.dumps({**content, "schema": 2}))
+    assert older == by_hand(schema=2)
+    assert card.render(older) == card.render(noted).replace("Trained briefly.\n\n", "")
 
 
 def test_cards_are_tabled_side_by_side():

@@ -47,6 +47,7 @@ def evaluate(
     batch_size: int = 250,
     seed: int = 0,
     twin: str | None = None,
+    note: str = "",
     command: str = "tvkeras.evaluate.evaluate",
 ) -> card.Card:
     """Attacks a trained run and writes its card; goes on with an interrupted evaluation.
@@ -68,6 +69,7 @@ def evaluate(
         twin: Folder of another evaluation, such as the undefended network's: its curve
             is drawn beside this one's. If its run is there or in the folder around it, the
             audit tries that classifier's adversarial images on this one.
+        note: For the card: what its readers should know besides the figures.
         command: What to state in the card as its origin.
 
     Raises:
@@ -189,6 +191,7 @@ def evaluate(
         bounds=tuple(_bound_report(bound, labels, epsilons[bound.norm]) for bound in proved),
         figures=_draw(folder, outcomes, images, scores, curves, detection, other),
         versions=runs.versions(*_libraries(trials)),
+        note=note,
     )
     card.write(result, folder)
     return result

@@ -14,7 +14,8 @@ from tvkeras.evaluation import suite
 from tvkeras.evaluation.case import Check
 from tvkeras.evaluation.suite import Outcome
 
-SCHEMA = 2  # 1 had no audit
+SCHEMA = 3  # 1 had no audit, 2 no note
+READABLE = (2, 3)
 EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
 
@@ -177,6 +178,7 @@ class Card:
         bounds: One for each kind.
         figures: File beside the card, by caption.
         versions: Of the packages.
+        note: What a reader should know besides the figures, such as why they fall short.
         schema: Version of this format.
     """
 
@@ -195,6 +197,7 @@ class Card:
     bounds: tuple[BoundReport, ...]
     figures: dict[str, str]
     versions: dict[str, str]
+    note: str = ""
     schema: int = SCHEMA
 
     @property
@@ -214,9 +217,9 @@ class Card:
             ValueError: If the text is of another format.
         """
         content = json.loads(text)
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") not in READABLE:
             raise ValueError(
-                f"the card has schema={content.get('schema')!r}, this tvkeras reads {SCHEMA}. "
+                f"the card has schema={content.get('schema')!r}, this tvkeras reads {READABLE}. "
                 "Use the tvkeras that wrote it, or run the evaluation again: results of attacks "
                 "that it kept are used."
             )
@@ -340,6 +343,7 @@ def _introduction(card: Card) -> list[str]:
         f"seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson intervals, for "
         "the choice of test images alone.",
         "",
+        *([card.note, ""] if card.note else []),
     ]
 
 

@@ -44,6 +44,7 @@ TENSORFLOW_ATTACKS = {
     "CleverHansPGD": "cleverhans",
     "CleverHansSPSA": "cleverhans",
     "FoolboxBoundary": "foolbox",
+    "FoolboxBrendelBethge": "foolbox",
     "FoolboxDDN": "foolbox",
     "FoolboxDeepFool": "foolbox",
     "FoolboxHopSkipJump": "foolbox",

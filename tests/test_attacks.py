@@ -5,6 +5,7 @@ import pytest
 import tvkeras
 from tests.conftest import batch, net
 from tvkeras import attacks, evaluation, norms
+from tvkeras.attacks.base import tempered
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 
@@ -28,6 +29,7 @@ NATIVE = [
     ),
     attacks.DecoupledDirectionNorm(steps=20),
     *(attacks.FastMinimumNorm(norm=norm, steps=20) for norm in norms.DUALS),
+    *(attacks.LogBarrier(norm=norm, rounds=3, steps=9) for norm in ("l2", "linf")),
     attacks.CarliniWagner(steps=20, weights=3, initial_weight=0.1),
     *(  # a threshold that asks nothing
         attacks.EvasiveCarliniWagner(steps=5, weights=2, threshold=1e3, statistic=statistic)
@@ -70,6 +72,11 @@ def linear():
     model.set_weights([weights, np.array([0.2, 0.0], "float32") - 0.5 * weights.sum(axis=0)])
     images = np.full((3, 4, 4, 1), 0.5, "float32")
     return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
+
+
+def scaled(classifier, factor):
+    """`classifier` with its logits times `factor`."""
+    return keras.Model(classifier.inputs, keras.layers.Rescaling(factor)(classifier.outputs[0]))
 
 
 @pytest.mark.parametrize("attack", NATIVE, ids=str)
@@ -141,6 +148,49 @@ def test_pgd_finds_the_optimum_of_a_linear_classifier():
     result = attack(model, images, labels, epsilon=1.02 * margin)
     assert result.success.all()
     np.testing.assert_allclose(result.distance, [1.02 * margin] * 2 + [0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("norm", sorted(norms.DUALS))
+def test_large_logits_lose_no_attack_on_a_linear_classifier(norm, factor):
+    model, images, labels, w = linear()
+    epsilon = float(1.02 * 0.2 / np.linalg.norm(w, ORDER[norms.dual(norm)]))
+    model = scaled(model, factor)
+    assert attacks.ProjectedGradient(norm=norm)(
+        model, images, labels, epsilon=epsilon
+    ).success.all()
+    if factor > 1e3:  # the attack as published has no gradient
+        plain = attacks.ProjectedGradient(norm=norm, temper=False)
+        assert not plain(model, images, labels, epsilon=epsilon).success[:2].any()
+
+
+@pytest.mark.parametrize("factor", [100.0, 1e4, 1e6])
+@pytest.mark.parametrize(
+    ("attack", "epsilon"),
+    [
+        (attacks.ProjectedGradient(norm="l2"), 0.55),
+        (attacks.ProjectedGradient(norm="linf"), 0.1),
+        (attacks.DecoupledDirectionNorm(), None),
+        (attacks.LogBarrier(), None),
+    ],
+    ids=str,
+)
+def test_large_logits_lose_no_attack(attack, epsilon, factor, separating):
+    classifier, images, labels = separating
+    plain = attack(classifier, images, labels, epsilon=epsilon)
+    large = attack(scaled(classifier, factor), images, labels, epsilon=epsilon)
+    assert 3 < plain.success.sum() <= large.success.sum()
+    if epsilon is None:
+        assert np.all(large.distance <= 1.02 * plain.distance)
+
+
+def test_tempering_leaves_ordinary_margins_as_they_are():
+    logits = np.float32([[3, 12.5, 3, 1], [3, 13.5, 3, 1], [3e9, 2e9, 0, 1], [0, 500, 100, 0]])
+    labels = np.array([1, 1, 1, 1])
+    one, two, three, four = keras.ops.convert_to_numpy(tempered(logits, labels))
+    np.testing.assert_array_equal(one, logits[0])
+    np.testing.assert_array_equal(three, logits[2])  # misclassified: its gradient is there
+    np.testing.assert_allclose([two[1] - two[0], four[1] - four[2]], 10, rtol=1e-6)
 
 
 def test_restarts_only_add_successes_and_differ_by_seed(separating):

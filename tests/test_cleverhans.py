@@ -5,7 +5,6 @@ from tests.conftest import BACKEND
 if BACKEND != "tensorflow":
     pytest.skip("CleverHans attacks TensorFlow models", allow_module_level=True)
 
-import keras
 import numpy as np
 import tensorflow as tf
 from cleverhans.tf2.attacks.basic_iterative_method import basic_iterative_method
@@ -15,7 +14,7 @@ from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient
 from cleverhans.tf2.attacks.spsa import spsa
 
 from tests import test_attacks
-from tests.test_attacks import ORDER, linear, separating  # noqa: F401
+from tests.test_attacks import ORDER, linear, scaled, separating  # noqa: F401
 from tests.test_package import python
 from tvkeras import attacks, norms
 
@@ -30,12 +29,6 @@ IN_BALL = [
 ]
 CW = attacks.CleverHansCW(steps=200, learning_rate=1e-2)
 SPSA = attacks.CleverHansSPSA(steps=10, samples=64)
-
-
-def scaled(classifier, factor):
-    """`classifier` with its logits times `factor`."""
-    logits = keras.layers.Rescaling(factor)(classifier.output)
-    return keras.Model(classifier.input, logits)
 
 
 @pytest.mark.parametrize("attack", [*IN_BALL, CW, SPSA], ids=str)

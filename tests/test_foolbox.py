@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from tests import test_attacks
-from tests.test_attacks import linear, separating  # noqa: F401
-from tvkeras import attacks
+from tests.test_attacks import ORDER, linear, separating  # noqa: F401
+from tvkeras import attacks, norms
 
 QUICK = [
     attacks.FoolboxDDN(steps=30),
@@ -28,8 +28,13 @@ QUICK = [
     attacks.FoolboxHopSkipJump(norm="linf", steps=1, initial_samples=5),
 ]
 
+ALONG_BOUNDARY = [  # numba compiles each norm's solver for half a minute
+    pytest.param(attacks.FoolboxBrendelBethge(norm=norm, steps=200), marks=pytest.mark.slow)
+    for norm in sorted(norms.DUALS)
+]
 
-@pytest.mark.parametrize("attack", QUICK, ids=str)
+
+@pytest.mark.parametrize("attack", [*QUICK, *ALONG_BOUNDARY], ids=str)
 def test_what_an_attack_reports_is_so(attack, separating):  # noqa: F811
     test_attacks.test_what_an_attack_reports_is_so(attack, separating)
 
@@ -58,17 +63,51 @@ def test_results_are_a_function_of_the_seed(separating):  # noqa: F811
         (attacks.FoolboxDeepFool(norm="linf"), 0.03),
         (attacks.FoolboxBoundary(steps=150), 1.0),
         (attacks.FoolboxHopSkipJump(steps=2, initial_samples=60), 0.3),
+        *(pytest.param(*param.values, 0.01, marks=param.marks) for param in ALONG_BOUNDARY),
     ],
     ids=str,
 )
 def test_distances_of_a_linear_classifier(attack, excess):
     model, images, labels, w = linear()
     images[2] += 0.02 * np.sign(w).reshape(4, 4, 1)  # another class, to start from
-    margin = 0.2 / np.linalg.norm(w, 1 if attack.norm == "linf" else 2)
+    margin = 0.2 / np.linalg.norm(w, ORDER[norms.dual(attack.norm)])
     result = attack(model, images, labels)
     assert result.success.all()
     assert np.all(result.distance[:2] >= 0.999 * margin)
     assert np.all(result.distance[:2] <= (1 + excess) * margin)
+
+
+@pytest.mark.parametrize("attack", ALONG_BOUNDARY, ids=str)
+def test_the_boundary_leads_as_near_as_fmn_comes(attack, separating):  # noqa: F811
+    model = attacks.AttackedClassifier(separating[0])
+    fmn = attacks.FastMinimumNorm(norm=attack.norm)(model, *separating[1:])
+    along = attack(model, *separating[1:])
+    assert along.success.all()
+    attacked = along.queries > 0
+    assert set(along.queries[attacked]) == {1 + 10 + 200}  # start, bisection, steps
+    assert np.median(along.distance[attacked] / fmn.distance[attacked]) <= 1.02
+
+
+@pytest.mark.slow
+def test_an_example_walks_the_boundary_whatever_its_batch(separating):  # noqa: F811
+    classifier, images, labels = separating
+    attack = attacks.FoolboxBrendelBethge(steps=20, pool=images)
+    together, apart = (attack(classifier, images, labels, batch_size=size) for size in (12, 3))
+    np.testing.assert_allclose(together.distance, apart.distance, rtol=1e-3)
+
+    model, images, labels, w = linear()
+    start = tf.constant(images[:1] + 0.4 * np.sign(w).reshape(1, 4, 4, 1), tf.float32)
+    upstream = foolbox.attacks.L2BrendelBethgeAttack(steps=2, lr=1e-4)
+    distances = []
+    for count in (1, 64):
+        x_adv = upstream.run(
+            foolbox.TensorFlowModel(model, bounds=(0, 1), device="/CPU:0"),
+            tf.repeat(images[:1], count, axis=0),
+            foolbox.criteria.Misclassification(tf.constant([0] * count, tf.int64)),
+            starting_points=tf.repeat(start, count, axis=0),
+        )
+        distances.append(np.linalg.norm(x_adv[0] - images[0]))
+    assert distances[1] < 0.9 * distances[0]  # upstream's steps lengthen with the batch
 
 
 def test_queries_are_the_calls_of_the_model():
@@ -167,3 +206,5 @@ def test_bad_arguments():
         attacks.FoolboxDDN(norm="linf")
     with pytest.raises(ValueError, match="steps must be a whole number"):
         attacks.FoolboxBoundary(steps=0)
+    with pytest.raises(ValueError, match="radius must be a number > 0"):
+        attacks.FoolboxBrendelBethge(radius=0)

@@ -21,6 +21,7 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     attacks.DecoupledDirectionNorm,
     attacks.FastAdaptiveBoundary,
     attacks.FastMinimumNorm,
+    attacks.LogBarrier,
     attacks.ProjectedGradient,
     attacks.Square,
     data.Augmentation,

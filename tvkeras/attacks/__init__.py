@@ -14,6 +14,7 @@ from tvkeras.attacks.carlini_wagner import CarliniWagner, EvasiveCarliniWagner
 from tvkeras.attacks.ddn import DecoupledDirectionNorm
 from tvkeras.attacks.fab import FastAdaptiveBoundary
 from tvkeras.attacks.fmn import FastMinimumNorm
+from tvkeras.attacks.log_barrier import LogBarrier
 from tvkeras.attacks.pgd import ProjectedGradient
 from tvkeras.attacks.square import Square
 
@@ -30,6 +31,7 @@ __all__ = [
     "EvasiveCarliniWagner",
     "FastAdaptiveBoundary",
     "FastMinimumNorm",
+    "LogBarrier",
     "ProjectedGradient",
     "Square",
     "dlr_losses",
@@ -44,6 +46,7 @@ TENSORFLOW_ATTACKS = {
     "CleverHansPGD": "cleverhans",
     "CleverHansSPSA": "cleverhans",
     "FoolboxBoundary": "foolbox",
+    "FoolboxBrendelBethge": "foolbox",
     "FoolboxDDN": "foolbox",
     "FoolboxDeepFool": "foolbox",
     "FoolboxHopSkipJump": "foolbox",

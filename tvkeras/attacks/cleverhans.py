@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, Randomness
+from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, Randomness, tempered
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -50,7 +50,7 @@ class _InBall(Attack):
       step of a gradient shorter than 1e-6 is too short, and the attack silently
       stays where it is. Here gradients arrive rescaled (`_rescaled`).
     - The cross-entropy of float32 logits forgets the true class at margins over 16,
-      and has no gradient at all over 103. Here no margin exceeds 10 (`_tempered`).
+      and has no gradient at all over 103. Here no margin exceeds 10 (`tempered`).
     - A one-sided clip stops the fast gradient method and is silently none in the
       momentum method. Here both bounds are always given.
     """
@@ -69,7 +69,7 @@ class _InBall(Attack):
         unit = tf.maximum(epsilon, 1e-30)  # epsilon = 0 leaves every image as it is
 
         def model(delta: Tensor) -> Tensor:
-            return _tempered(logits(images + epsilon * _rescaled(delta)), labels)
+            return tempered(logits(images + epsilon * _rescaled(delta)), labels)
 
         arguments = {
             "norm": _ORDERS[self.norm],
@@ -458,12 +458,6 @@ class _SPSAAdam:
         with self._random.at(self._now) as seed:
             shape = (self._num_samples, *x.shape[1:])
             return delta * tf.sign(keras.random.uniform(shape, -1.0, 1.0, seed=seed))
-
-
-def _tempered(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits over a temperature of each example that leaves it a margin of at most 10."""
-    margin = -spsa.margin_logit_loss(logits, labels, nb_classes=logits.shape[-1])
-    return logits / tf.stop_gradient(tf.maximum(margin / 10, 1.0))[:, None]
 
 
 @tf.custom_gradient

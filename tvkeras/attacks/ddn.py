@@ -16,6 +16,7 @@ from tvkeras.attacks.base import (
     example_losses,
     input_gradient,
     select,
+    tempered,
 )
 
 Tensor = Any
@@ -28,6 +29,7 @@ class DecoupledDirectionNorm(Attack):
     Each step moves along the gradient of the cross-entropy, then rescales the
     perturbation to the radius, which shrinks by `radius_change` where the example is
     misclassified and grows by it elsewhere. Steps shorten from 1 to 0.01 by a cosine.
+    Logits are `tempered` (not so in the paper): large ones lose no attack.
 
     Attributes:
         norm: "l2".
@@ -63,7 +65,7 @@ class DecoupledDirectionNorm(Attack):
         def step(number: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x_adv, radius, best, best_distance = state
             _, outputs, gradient = input_gradient(
-                logits, x_adv, lambda outputs: example_losses(outputs, labels)
+                logits, x_adv, lambda outputs: example_losses(tempered(outputs, labels), labels)
             )
             wrong = clearly_misclassified(outputs, labels)
             distance = norms.length(x_adv - images, "l2")

@@ -3,11 +3,12 @@
 Foolbox is optional: `pip install "tvkeras[foolbox]"`. It runs eagerly; the model that
 it calls, and that model's gradient, are compiled. Not every attack of Foolbox is here:
 its fast minimum-norm attack divides `norms / norms` (`fast_minimum_norm.py`) and
-returns perturbations about twice too long, and Brendel & Bethge's needs numba.
+returns perturbations about twice too long.
 """
 
 import dataclasses
 import hashlib
+import math
 from typing import Any, ClassVar
 
 import keras
@@ -75,12 +76,14 @@ class _FoolboxAttack(Attack):
         for part in np.split(rows, len(rows)) if self.one_by_one else [rows]:
             if len(part):
                 counted = _Counted(model)
-                x_adv[part] = self.attack.run(
+                attack = self.attack(images[part].shape)
+                found = attack.run(
                     foolbox.TensorFlowModel(counted, bounds=(0, 1), device="/CPU:0"),
                     tf.constant(images[part]),
                     foolbox.criteria.Misclassification(tf.constant(labels[part], tf.int64)),
                     **{name: tf.constant(values[part]) for name, values in arguments.items()},
                 )
+                x_adv[part] = np.clip(found, 0, 1)  # a sum of float32 may leave it by a digit
                 queries[part] = counted.calls
         return x_adv, queries
 
@@ -90,9 +93,8 @@ class _FoolboxAttack(Attack):
         """The rows to attack, and arguments for Foolbox, one row for each image."""
         return np.flatnonzero(model.logits(images).argmax(axis=1) == labels), {}
 
-    @property
-    def attack(self) -> Any:
-        """Foolbox's own attack."""
+    def attack(self, shape: tuple[int, ...]) -> Any:
+        """Foolbox's own attack, for a batch of images of this shape."""
         raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
 
 
@@ -113,8 +115,7 @@ class FoolboxDDN(_FoolboxAttack):
     init_epsilon: float = 1.0
     gamma: float = 0.05
 
-    @property
-    def attack(self) -> Any:
+    def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
         return foolbox.attacks.DDNAttack(
             init_epsilon=self.init_epsilon, steps=self.steps, gamma=self.gamma
@@ -140,8 +141,7 @@ class FoolboxDeepFool(_FoolboxAttack):
 
     legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
-    @property
-    def attack(self) -> Any:
+    def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
         kinds = {
             "l2": foolbox.attacks.L2DeepFoolAttack,
@@ -156,8 +156,8 @@ class FoolboxDeepFool(_FoolboxAttack):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _DecisionBased(_FoolboxAttack):
-    """An attack that starts from an image of another class and uses decisions alone.
+class _FromOtherClass(_FoolboxAttack):
+    """An attack that starts from an image of another class.
 
     Foolbox's own search for a start raises for the whole batch where it fails for one
     image. Here an image starts from the nearest one, in l2, of a pool that the
@@ -199,7 +199,7 @@ class _DecisionBased(_FoolboxAttack):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxBoundary(_DecisionBased):
+class FoolboxBoundary(_FromOtherClass):
     """A random walk along the decision boundary towards the image.
 
     Attributes:
@@ -219,8 +219,7 @@ class FoolboxBoundary(_DecisionBased):
     source_step: float = 1e-2
     step_adaptation: float = 1.5
 
-    @property
-    def attack(self) -> Any:
+    def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
         return foolbox.attacks.BoundaryAttack(
             init_attack=None,
@@ -235,7 +234,7 @@ class FoolboxBoundary(_DecisionBased):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxHopSkipJump(_DecisionBased):
+class FoolboxHopSkipJump(_FromOtherClass):
     """Steps along the boundary's normal, estimated from decisions.
 
     `approximate_gradients` (`hop_skip_jump.py`) divides an example's estimate by the
@@ -260,8 +259,7 @@ class FoolboxHopSkipJump(_DecisionBased):
     one_by_one: ClassVar[bool] = True
     legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
-    @property
-    def attack(self) -> Any:
+    def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
         return foolbox.attacks.HopSkipJumpAttack(
             init_attack=None,
@@ -272,6 +270,66 @@ class FoolboxHopSkipJump(_DecisionBased):
             gamma=1.0,
             tensorboard=False,
             constraint=self.norm,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoolboxBrendelBethge(_FromOtherClass):
+    """Along the boundary, by its normal, to the point that is nearest to the image.
+
+    Each step solves a problem in a trust region, compiled by numba when the first of a
+    norm is made: half a minute. `run` (`brendel_bethge.py`) takes a radius in units of
+    the number of pixels of the *whole batch* (`rate_normalization`), so that an
+    example's result depends on how many others there are. Here the radius is given in
+    pixel units, whatever the batch.
+
+    Like every walk along a boundary it ends at a local minimum, which the start
+    chooses: a larger `pool` gives shorter distances.
+
+    Attributes:
+        norm: "l1", "l2" or "linf".
+        pool: Images to start from; by default those of the same batch.
+        pool_digest: Computed: tells pools apart.
+        steps: Steps; each costs a gradient.
+        radius: First l2 radius of the trust region, in pixel units; it is halved
+            twenty times.
+        overshoot: Length of a step across the boundary over the distance to it.
+        momentum: Weight of the normals before, in an average with the new one.
+
+    Reference: Brendel et al. (2019), arXiv:1907.01003.
+    """
+
+    steps: int = 1000
+    radius: float = 1.0
+    overshoot: float = 1.1
+    momentum: float = 0.8
+
+    legal_norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "linf")
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        super().__post_init__()
+        checks.number("radius", self.radius, minimum=0.0, exclusive=True)
+        checks.number("overshoot", self.overshoot, minimum=1.0, maximum=2.0)
+        checks.number("momentum", self.momentum, minimum=0.0, maximum=1.0)
+
+    def attack(self, shape: tuple[int, ...]) -> Any:
+        """Foolbox's own attack."""
+        kinds = {
+            "l1": foolbox.attacks.L1BrendelBethgeAttack,
+            "l2": foolbox.attacks.L2BrendelBethgeAttack,
+            "linf": foolbox.attacks.LinfinityBrendelBethgeAttack,
+        }
+        return kinds[self.norm](
+            init_attack=None,
+            overshoot=self.overshoot,
+            steps=self.steps,
+            lr=self.radius / math.prod(shape),
+            lr_decay=0.5,
+            lr_num_decay=20,
+            momentum=self.momentum,
+            tensorboard=False,
+            binary_search_steps=10,
         )
 
 

@@ -82,7 +82,8 @@ def audit(
         norm: Threat norm, "l2" or "linf".
         epsilons: Radii in pixel units, above 0.
         seed: Of all random numbers.
-        steps: Of PGD, the attack whose results are checked.
+        steps: Of PGD, the attack whose results are checked; as published, so that logits
+            too large for its gradient are found out.
         relative_step: Length of its steps over epsilon, see `ProjectedGradient`.
         surrogate: Another classifier of the same images, such as an undefended twin,
             whose adversarial images are tried on this one.
@@ -103,7 +104,7 @@ def audit(
         model=model,
         images=as_float(np.asarray(images)),
         labels=np.asarray(labels).astype(np.int64),
-        attack=ProjectedGradient(norm=norm, steps=steps, relative_step=relative_step),
+        attack=ProjectedGradient(norm=norm, steps=steps, relative_step=relative_step, temper=False),
         epsilons=tuple(radii),
         seed=seed,
         batch_size=batch_size,

@@ -15,7 +15,6 @@ from tvkeras.attacks import (
     AttackedClassifier,
     AutoPGD,
     FastMinimumNorm,
-    ProjectedGradient,
     Square,
 )
 from tvkeras.attacks.base import Logits, Randomness, misclassified, select
@@ -32,7 +31,7 @@ DISAGREEMENT = 0.1  # on small undefended networks Auto-PGD with DLR found up to
 
 def single_step(case: Case) -> Check:
     """Share of images that FGSM fools and PGD does not, at the worst epsilon."""
-    fgsm = ProjectedGradient(norm=case.attack.norm, steps=1)
+    fgsm = dataclasses.replace(case.attack, steps=1, relative_step=None)
     figure = max((case.fooled(fgsm, e) & ~r.success).mean() for e, r in case.results.items())
     advice = "One step beats many: the gradient misleads beyond the image's neighbourhood."
     return _missed(case, "single_step", figure, advice)

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras.data
-from benchmarks.clock import Clock
+from benchmarks.common import Clock, described
 from tvkeras import attacks, config, runs
 from tvkeras.train import train
 
@@ -98,11 +98,10 @@ def ours(case: Case, model: attacks.AttackedClassifier) -> Outcome:
 
 def published(case: Case) -> Outcome:
     """Runs the published suites."""
-    layers = case.classifier.layers
-    weights = {f"{x.name}/{i}": w for x in layers for i, w in enumerate(x.get_weights())}
+    layers, weights = described(case.classifier)
     logits = case.classifier.predict(case.images, verbose=0)
     settings = {
-        "layers": json.loads(case.classifier.to_json())["config"]["layers"],
+        "layers": layers,
         "norm": case.norm,
         "epsilon": case.epsilon,
         "flows": case.flows,
@@ -144,7 +143,7 @@ def compare(case: Case) -> None:
         print(f"{name:<18}{accuracies + differ:26}{times}", flush=True)
 
     own, other = seconds
-    for name in own.keys() & other.keys():
+    for name in filter(other.__contains__, own):
         row(name, own[name], other[name], stands.get(name, []))
     row("and compilation", first.seconds["suite"], other["suite"], stands["suite"])
 

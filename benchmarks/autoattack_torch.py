@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.clock import Clock
+from benchmarks.common import Clock
 
 Layer = Callable[..., torch.Tensor]
 
@@ -28,8 +28,8 @@ class Network(nn.Module):
     """A functional Keras model of the layers in `_layer`, in inference mode.
 
     Args:
-        layers: The model's layers as in its configuration.
-        arrays: The weights: those of the layer "conv" are "conv/0", "conv/1", ...
+        layers: As `common.described` returns them.
+        arrays: Likewise; others are ignored.
     """
 
     def __init__(self, layers: list[dict], arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,9 +1,11 @@
-"""Wall and CPU seconds of what is compared."""
+"""What several benchmarks need; free of Keras and of PyTorch, for those of one alone."""
 
 import collections
 import functools
+import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -34,3 +36,14 @@ class Clock:
 
 def _now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
+
+
+def described(classifier: Any) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """A functional Keras model's layers, as configured, and weights: "conv/0" is conv's first."""
+    layers = json.loads(classifier.to_json())["config"]["layers"]
+    weights = {
+        f"{layer.name}/{i}": array
+        for layer in classifier.layers
+        for i, array in enumerate(layer.get_weights())
+    }
+    return layers, weights

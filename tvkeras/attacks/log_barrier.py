@@ -34,8 +34,7 @@ class LogBarrier(Attack):
     the image. It descends ||u - x||^2 / 2 - w D^2 log(max_other z(u) - z_label(u)), where
     D is the shortest l2 distance so far and w falls from round to round. A step that
     crosses the boundary goes halfway back until it does not. Coming from that side, it
-    finds other minima than DDN and FMN do, seldom nearer ones. It fails where noise leaves
-    an image in its class.
+    finds other minima than DDN and FMN do, seldom nearer ones.
 
     w is relative to D, the barrier to the logits' scale: neither unit matters (in the
     paper w is absolute). For linf the gradient of the distance acts on all pixels

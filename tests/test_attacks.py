@@ -29,7 +29,6 @@ NATIVE = [
     ),
     attacks.DecoupledDirectionNorm(steps=20),
     *(attacks.FastMinimumNorm(norm=norm, steps=20) for norm in norms.DUALS),
-    *(attacks.LogBarrier(norm=norm, rounds=3, steps=9) for norm in ("l2", "linf")),
     attacks.CarliniWagner(steps=20, weights=3, initial_weight=0.1),
     *(  # a threshold that asks nothing
         attacks.EvasiveCarliniWagner(steps=5, weights=2, threshold=1e3, statistic=statistic)
@@ -171,7 +170,6 @@ def test_large_logits_lose_no_attack_on_a_linear_classifier(norm, factor):
         (attacks.ProjectedGradient(norm="l2"), 0.55),
         (attacks.ProjectedGradient(norm="linf"), 0.1),
         (attacks.DecoupledDirectionNorm(), None),
-        (attacks.LogBarrier(), None),
     ],
     ids=str,
 )

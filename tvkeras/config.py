@@ -21,7 +21,6 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     attacks.DecoupledDirectionNorm,
     attacks.FastAdaptiveBoundary,
     attacks.FastMinimumNorm,
-    attacks.LogBarrier,
     attacks.ProjectedGradient,
     attacks.Square,
     data.Augmentation,

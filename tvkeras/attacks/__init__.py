@@ -14,7 +14,6 @@ from tvkeras.attacks.carlini_wagner import CarliniWagner, EvasiveCarliniWagner
 from tvkeras.attacks.ddn import DecoupledDirectionNorm
 from tvkeras.attacks.fab import FastAdaptiveBoundary
 from tvkeras.attacks.fmn import FastMinimumNorm
-from tvkeras.attacks.log_barrier import LogBarrier
 from tvkeras.attacks.pgd import ProjectedGradient
 from tvkeras.attacks.square import Square
 
@@ -31,7 +30,6 @@ __all__ = [
     "EvasiveCarliniWagner",
     "FastAdaptiveBoundary",
     "FastMinimumNorm",
-    "LogBarrier",
     "ProjectedGradient",
     "Square",
     "dlr_losses",

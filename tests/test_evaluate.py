@@ -353,21 +353,23 @@ def test_cards_are_tabled_side_by_side():
         median_queries=20.0,
     )
     one, other = by_hand(name="one", attacks=(attack,)), by_hand(name="other", detection=())
-    lines = compare.tables([one, other]).splitlines()
+    lines = compare.tables({"one": one, "other": other}).splitlines()
     assert lines.count("|  | one | other |") == 3
     for row in (
         "| clean | 25.0 | 25.0 |",
         "| l2 1/2 | 25.0 | 25.0 |",
         "| median l2 | - | - |",
         "| max ‖∇loss‖ | 2 | 2 |",
-        "| PGD 1/2 | 75.0 | - |",
-        "| PGD queries | 20 | - |",
+        "| images, l2 | 40 | 40 |",
+        "| audit, l2 | unreliable | unreliable |",
+        "| PGD (l2) 1/2 | 75.0 | - |",
+        "| PGD (l2) queries | 20 | - |",
         "| PGD (loss) | 25.0 | - |",
         "| evasive (loss), distance | 1.5 | - |",
     ):
         assert lines.count(row) == 1, row
-    with pytest.raises(ValueError, match=r"of one test set, got .*'cifar10 test'"):
-        compare.tables([one, by_hand(dataset="cifar10 test")])
+    with pytest.raises(ValueError, match=r"of one test set, got \['cifar10 test', 'digits test'\]"):
+        compare.tables({"one": one, "other": by_hand(dataset="cifar10 test")})
 
 
 def test_errors_are_drawn_in_the_order_of_the_weights(tmp_path, monkeypatch):
@@ -416,6 +418,7 @@ def test_bad_settings_of_a_run_that_exists(run_dir, evaluated, tmp_path):
     refused("twin must be the folder of an evaluation.*'nowhere'", twin="nowhere")
     refused(r"epsilons\['l2'\] must hold a radius above 0", epsilons={"l2": (0, "0/255")})
     refused("a norm of epsilons must be one of", epsilons={"l2": (1,), "l3": (1,)})
+    refused("note must be text, got note=5", note=5)
     refused("audited_images must be a whole number >= 1", audited_images=0)
     refused("clean_images must be at least .* 40, got clean_images=39", clean_images=39)
     refused("Use more images", false_positive_rate=1e-3)

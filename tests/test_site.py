@@ -63,8 +63,11 @@ def test_an_entry_has_its_figures_and_how_to_load_it(pages):
 def test_what_was_measured_alike_stands_together_the_unreliable_last():
     card = zoo.card("digits_tv_lip")
     worst = dataclasses.replace(card.worst_case[0], norm="l2", median_distance=9.0)
-    other = dataclasses.replace(
-        worst, error={"1/2": Rate(value=0.5, low=0.4, high=0.6, n=9)}, median_distance=None
+    failing, holding = (
+        dataclasses.replace(
+            worst, error={"1/2": Rate(value=value, low=0, high=1, n=9)}, median_distance=None
+        )
+        for value in (0.6, 0.4)
     )
     cards = [
         dataclasses.replace(
@@ -73,7 +76,8 @@ def test_what_was_measured_alike_stands_together_the_unreliable_last():
             worst_case=(worst,),
             audit=(dataclasses.replace(card.audit[0], verdict="unreliable"),),
         ),
-        dataclasses.replace(card, name="unfinished", worst_case=(other,)),
+        dataclasses.replace(card, name="failing", worst_case=(failing,)),
+        dataclasses.replace(card, name="holding", worst_case=(holding,)),
         dataclasses.replace(card, name="elsewhere", dataset="cifar10 test"),
         card,
     ]
@@ -82,15 +86,25 @@ def test_what_was_measured_alike_stands_together_the_unreliable_last():
         (dataset, norm) for dataset in ("cifar10 test", "digits test") for norm in ("l2", "linf")
     ]
     table = found["digits test", "l2"]
-    assert [row["card"].name for row in table["rows"]] == ["digits_tv_lip", "unfinished", "masked"]
+    order = ["holding", "digits_tv_lip", "failing", "masked"]
+    assert [row["card"].name for row in table["rows"]] == order
+    assert table["rows"][1]["attacks"] == ["PGD l2", "DDN", "Square l2"]
     assert table["radii"] == ["0.25", "0.5", "1/2", "1.0"]
     assert site.leaderboard(cards).count(">unreliable</td>") == 1
     assert site.leaderboard([card]).count("unreliable") == 0
 
 
-def test_text_of_a_card_is_no_markup():
-    card = dataclasses.replace(zoo.card("digits_tv_lip"), dataset="<script>alert(1)</script>")
+def test_text_of_a_card_is_no_markup(tmp_path, monkeypatch):
+    script = "<script>alert(1)</script>"
+    texts = {"dataset": script, "note": f"{script}\n\n<b>bold</b>"}
+    card = dataclasses.replace(zoo.card("digits_tv_lip"), **texts)
     assert "<script>alert" not in site.leaderboard([card])
+    monkeypatch.setattr(site.Card, "from_json", lambda _: card)
+    site.build(["digits_tv_lip"], tmp_path)
+    page = (tmp_path / "digits_tv_lip" / "index.html").read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;bold" in page
 
 
 def test_commands(tmp_path, capsys, monkeypatch):
@@ -200,6 +214,19 @@ def test_a_heading_sorts_its_table_both_ways(leaderboard, by_keyboard):
     assert len(set(ascending)) > 1
 
 
+def test_unreliable_rows_stay_last(leaderboard):
+    leaderboard.execute_script("""
+        const row = document.querySelector("section tbody tr");
+        row.classList.add("unreliable");
+        row.parentElement.append(row);
+    """)
+    last = cells(leaderboard, 0, 0)[-1]
+    for button in leaderboard.find_elements("css selector", "section:first-of-type thead button"):
+        for _ in range(2):
+            button.click()
+            assert cells(leaderboard, 0, 0)[-1] == last
+
+
 def test_filters_leave_what_was_asked_for(leaderboard):
     everything = visible(leaderboard, "h2")
     rows = len(visible(leaderboard, "tbody tr"))
@@ -208,8 +235,9 @@ def test_filters_leave_what_was_asked_for(leaderboard):
     assert visible(leaderboard, "h2") == [title for title in everything if title.endswith(", l2")]
     choose(leaderboard, "network", "small_cnn")
     assert set(visible(leaderboard, "tbody td:nth-child(2)")) == {"small_cnn"}
-    assert visible(leaderboard, "h2") == ["digits test, l2"]
-    assert visible(leaderboard, "output") == ["2 rows"]
+    small = [about for about in map(zoo.card, zoo.names()) if about.model["model"] == "small_cnn"]
+    assert visible(leaderboard, "h2") == sorted({f"{about.dataset}, l2" for about in small})
+    assert visible(leaderboard, "output") == [f"{len(small)} rows"]
     choose(leaderboard, "norm", "all")
     choose(leaderboard, "network", "all")
     assert len(visible(leaderboard, "tbody tr")) == rows

@@ -9,7 +9,7 @@ the clean error.
 import ast
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -21,17 +21,17 @@ from tvkeras.evaluation.card import Card, Rate
 _FIGURE = flags.DEFINE_string("figure", None, "A PNG to write: error against the weights.")
 
 
-def tables(cards: Sequence[Card]) -> str:
+def tables(cards: Mapping[str, Card]) -> str:
     """What the cards measured, side by side: errors and rates in %, as Markdown.
 
     Args:
-        cards: Of one test set, in the order of the columns. "-" where one lacks a figure.
+        cards: Of one test set, by the name to show. "-" where one lacks a figure.
 
     Raises:
         ValueError: If the cards are of different test sets.
     """
-    if len({card.dataset for card in cards}) != 1:
-        raise ValueError(f"models must be of one test set, got {[card.dataset for card in cards]}.")
+    if len(sets := {about.dataset for about in cards.values()}) != 1:
+        raise ValueError(f"models must be of one test set, got {sorted(sets)}.")
     lines = []
     for title, figures_of in (
         ("Worst case over attacks, distances, gradients", _robustness),
@@ -68,10 +68,13 @@ def read(model: str) -> Card:
     Raises:
         ValueError: If there is none.
     """
-    if found := card.find(zoo.find(model)):
+    if found := card.find(pathlib.Path(model)):
         return found
+    if model in zoo.names():
+        return zoo.card(model)
     raise ValueError(
-        f"{model} has no card.json. Evaluate it: python -m tvkeras.evaluate --model={model} ..."
+        f"{model} is no zoo entry ({zoo.names()}) and has no card.json. Evaluate it: "
+        f"python -m tvkeras.evaluate --model={model} ..."
     )
 
 
@@ -94,6 +97,8 @@ def _robustness(about: Card) -> dict[str, str]:
     return {
         **{name: _percent(error) for name, error in _errors(about).items()},
         **{f"median {r.norm}": card.number(r.median_distance) for r in about.worst_case},
+        **{f"images, {r.norm}": f"{r.clean_error.n:,}" for r in about.worst_case},
+        **{f"audit, {r.norm}": r.verdict for r in about.audit},
         **sizes,
     }
 
@@ -102,8 +107,8 @@ def _attacks(about: Card) -> dict[str, str]:
     found = {}
     for report in about.attacks:
         for radius, error in report.error.items():
-            found[f"{report.name} {radius}"] = _percent(error)
-        found[f"{report.name} queries"] = f"{report.median_queries:.0f}"
+            found[f"{report.name} ({report.norm}) {radius}"] = _percent(error)
+        found[f"{report.name} ({report.norm}) queries"] = f"{report.median_queries:.0f}"
     return found
 
 
@@ -120,12 +125,12 @@ def _detection(about: Card) -> dict[str, str]:
     return found
 
 
-def _table(cards: Sequence[Card], figures_of: Callable[[Card], dict[str, str]]) -> list[str]:
+def _table(cards: Mapping[str, Card], figures_of: Callable[[Card], dict[str, str]]) -> list[str]:
     """A column for each card, a row for each figure that any of them has."""
-    columns = [figures_of(about) for about in cards]
+    columns = [figures_of(about) for about in cards.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-    return card.table(["", *(about.name for about in cards)], rows)
+    return card.table(["", *cards], rows)
 
 
 def _weights(about: Card) -> tuple[float, ...]:
@@ -133,7 +138,7 @@ def _weights(about: Card) -> tuple[float, ...]:
     text = about.training["defense"]
     call: Any = ast.parse(text, mode="eval").body
     if call.func.id not in ("Undefended", "TVLipschitz"):
-        raise ValueError(f"models must be undefended or of a TVLipschitz, got {about.name}: {text}")
+        raise ValueError(f"models must be undefended or of a TVLipschitz, got {text}.")
     arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     names = ("tv_weight", "lipschitz_weight")
     return tuple(checks.epsilon(arguments.get(name, 0), name) for name in names)
@@ -148,10 +153,10 @@ def main(arguments: list[str]) -> None:
     try:
         if len(arguments) < 3:
             raise ValueError("name at least two evaluated models.")
-        cards = [read(model) for model in arguments[1:]]
+        cards = {model: read(model) for model in arguments[1:]}
         print(tables(cards))
         if _FIGURE.value:
-            draw(cards, pathlib.Path(_FIGURE.value))
+            draw(list(cards.values()), pathlib.Path(_FIGURE.value))
             print(f"figure: {_FIGURE.value}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -84,6 +84,8 @@ def evaluate(
         ("audited_images", audited_images),
     ):
         checks.whole_number(name, count, minimum=1)
+    if not isinstance(note, str):
+        raise ValueError(f"note must be text, got note={note!r}.")
     _check_trials(trials, epsilons, clean_images)
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
     classifier, about = load_run(run)

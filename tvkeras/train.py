@@ -134,6 +134,7 @@ def train(
             return models.build(model, splits.test.num_classes, **arguments)
 
         random.seed(seed)  # Keras draws every layer's seed from here, on all backends
+        stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
         keras.config.set_dtype_policy(precision)
         robust = RobustClassifier(build(), defense, augmentation=augmentation, seed=seed)
         robust.compile(
@@ -204,7 +205,6 @@ def train(
     # ---- Measurement, on one device and on the weights that are published ------------
     if spread.process > 0:
         return {}
-    keras.config.set_dtype_policy("float32")  # as `zoo.load` builds it, whatever trained it
     classifier = build()
     classifier.load_weights(recorder.best_path)
     results = evaluation.measure(

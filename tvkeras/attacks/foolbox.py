@@ -292,7 +292,7 @@ class FoolboxBrendelBethge(_FromOtherClass):
         pool_digest: Computed: tells pools apart.
         steps: Steps; each costs a gradient.
         radius: First l2 radius of the trust region, in pixel units; it is halved
-            twenty times.
+            every `steps // 20` steps, at least every step.
         overshoot: Length of a step across the boundary over the distance to it.
         momentum: Weight of the normals before, in an average with the new one.
 
@@ -311,7 +311,7 @@ class FoolboxBrendelBethge(_FromOtherClass):
         super().__post_init__()
         checks.number("radius", self.radius, minimum=0.0, exclusive=True)
         checks.number("overshoot", self.overshoot, minimum=1.0, maximum=2.0)
-        checks.number("momentum", self.momentum, minimum=0.0, maximum=1.0)
+        checks.number("momentum", self.momentum, minimum=0.0, maximum=0.999)  # 1 would never turn
 
     def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""

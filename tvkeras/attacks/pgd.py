@@ -26,7 +26,7 @@ class ProjectedGradient(Attack):
 
     Each step goes along the steepest direction of the threat norm. (For l1 that is
     one pixel, which may be at its bound already: there it is a weak attack.) Logits
-    are `tempered`: margins over 10, where float32's cross-entropy fades, lose no attack.
+    are `tempered`: margins, held to 10, never grow so large that an attack is lost.
 
     Attributes:
         norm: Norm of the perturbation: "l2", "linf" or "l1".

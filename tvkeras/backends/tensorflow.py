@@ -291,7 +291,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 def _normalized(
     inputs: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, epsilon: float
 ) -> Tensor:
-    """BatchNorm with given moments; the images' gradient alone costs one product.
+    """BatchNorm with given moments; in a graph the images' gradient alone costs one product.
 
     The kernel's own gradient always computes those of gamma and beta too.
     """

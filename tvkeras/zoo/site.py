@@ -3,10 +3,11 @@
 The templates are in `tvkeras/zoo/templates`; an entry's page is its card's own page as HTML.
 """
 
+import math
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -20,6 +21,7 @@ from tvkeras.zoo import store
 
 STATIC_FILES = ("site.css", "site.js")
 
+_SCROLLED = '<div class="wide" role="region" aria-label="table" tabindex="0">'
 _FOLDER = pathlib.Path(__file__).with_name("templates")
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
@@ -51,7 +53,7 @@ def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
     for file in STATIC_FILES:
         shutil.copyfile(_FOLDER / file, output / file)
     cards = [_build_page(name, output / name) for name in names]
-    (output / "index.html").write_text(leaderboard(cards))
+    (output / "index.html").write_text(leaderboard(cards), encoding="utf-8")
     return output / "index.html"
 
 
@@ -70,29 +72,37 @@ def _build_page(name: str, output: pathlib.Path) -> Card:
     for file in files:
         shutil.copyfile(entry / file, output / file)
     page = _TEMPLATES.get_template("model.html")
-    (output / "index.html").write_text(page.render(card=about, body=_body(about)))
+    text = page.render(card=about, body=_body(about))
+    (output / "index.html").write_text(text, encoding="utf-8")
     return about
 
 
 def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
-    """What the leaderboard shows: a table for each test set and norm, as measured alike.
+    """What the leaderboard shows: a table for each test set and norm.
 
     Returns:
-        For each, `dataset`, `norm`, `radii` as text and ascending, and `rows` of a card
-        and its `worst` case in that norm: those first whose median distance is largest,
-        unreliable ones last.
+        For each, `dataset`, `norm`, `radii` as text and ascending, and `rows` of a
+        `card`, its `worst` case in that norm, the audit's `verdict` on it, and the
+        `attacks` that it is over: first those whose median distance is largest (beyond
+        all radii, where the attacks broke fewer than half), unreliable ones last.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for about in cards:
         for worst in about.worst_case:
-            group = groups.setdefault((about.dataset, worst.norm), [])
-            group.append({"card": about, "worst": worst})
+            verdicts = [r.verdict for r in about.audit if r.norm == worst.norm]
+            row = {
+                "card": about,
+                "worst": worst,
+                "verdict": (verdicts or ["not audited"])[0],
+                "attacks": [r.name for r in about.attacks if r.norm == worst.norm],
+            }
+            groups.setdefault((about.dataset, worst.norm), []).append(row)
     return [
         {
             "dataset": dataset,
             "norm": norm,
             "radii": sorted({e for row in rows for e in row["worst"].error}, key=_by_size),
-            "rows": sorted(rows, key=lambda row: _rank(row["card"], row["worst"])),
+            "rows": sorted(rows, key=_rank),
         }
         for (dataset, norm), rows in sorted(groups.items())
     ]
@@ -102,11 +112,20 @@ def _by_size(radius: str) -> tuple[float, str]:
     return checks.epsilon(radius), radius
 
 
-def _rank(about: Card, worst: WorstCase) -> tuple[bool, float, str]:
-    return about.unreliable, -(worst.median_distance or 0.0), about.name
+def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
+    worst: WorstCase = row["worst"]
+    distance = worst.median_distance
+    if distance is None:
+        held = all(error.value < 0.5 for error in worst.error.values())
+        distance = math.inf if held else 0.0  # attacks at fixed radii find no median
+    return row["verdict"] == "unreliable", -distance, row["card"].name
 
 
 def _body(about: Card) -> markupsafe.Markup:
-    """The card's page as HTML, without the metadata before it."""
+    """The card's page as HTML, without the metadata before it; markup in its texts is text."""
     page = re.sub(r"\A---\n.*?\n---\n", "", card.render(about), flags=re.DOTALL)
-    return markupsafe.Markup(markdown.markdown(page, extensions=["tables", "fenced_code"]))
+    converter = markdown.Markdown(extensions=["tables", "fenced_code"])
+    converter.preprocessors.deregister("html_block")
+    converter.inlinePatterns.deregister("html")
+    text = converter.convert(page).replace("<table>", f"{_SCROLLED}<table>")
+    return markupsafe.Markup(text.replace("</table>", "</table></div>"))

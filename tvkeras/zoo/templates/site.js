@@ -1,4 +1,5 @@
-// Sorts the leaderboard's tables and filters their rows; without it they stand as written.
+// Sorts the leaderboard's tables, unreliable rows last, and filters them; without it they stand as
+// written.
 "use strict";
 
 const form = document.querySelector("form");
@@ -15,7 +16,10 @@ function sortable(table) {
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
       const rows = [...table.tBodies[0].rows];
-      rows.sort((one, other) => compare(one.cells[column], other.cells[column], ascending));
+      rows.sort((one, other) => {
+        const last = one.classList.contains("unreliable") - other.classList.contains("unreliable");
+        return last || compare(one.cells[column], other.cells[column], ascending);
+      });
       table.tBodies[0].append(...rows);
     });
   });

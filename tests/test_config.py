@@ -3,7 +3,8 @@ import pathlib
 import gin
 import pytest
 
-from tests.conftest import BACKEND
+import tvkeras
+from tests.conftest import BACKEND, net
 from tvkeras import config, evaluate, train
 from tvkeras.defenses import Defense
 
@@ -30,7 +31,10 @@ def test_there_is_a_file_for_every_row_of_the_talk():
 @pytest.mark.parametrize("more", [[], ["gin/fast.gin"], ["gin/fast.gin", "gin/small.gin"]])
 def test_every_experiment_binds(path, more, configured):
     config.bind([str(path), *more])
-    assert isinstance(bound("train.defense").scoped_configurable_fn(), Defense)
+    defense = bound("train.defense").scoped_configurable_fn()
+    assert isinstance(defense, Defense)
+    precision = bound("train.precision") if "gin/small.gin" in more else "float32"
+    tvkeras.RobustClassifier(net(dtype=precision), defense)  # refuses a step too short for it
     text = path.read_text()
     assert text.startswith("# ")
     assert f"python -m tvkeras.train --gin_file={path}" in text

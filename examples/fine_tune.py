@@ -18,10 +18,10 @@ import numpy as np
 
 from tvkeras import data, evaluation, zoo
 
-ENTRY = "resnext10_12_tv_lip"
+ENTRY = "resnet9_32_tv_lip"
 DEFENSES = {
     "without penalty": tvkeras.Undefended(),
-    "TV + Lipschitz": tvkeras.TVLipschitz(tv_weight=0.1, lipschitz_weight=0.1, fd_step=0.1),
+    "TV + Lipschitz": tvkeras.TVLipschitz(tv_weight=0.1, lipschitz_weight=7.8e-4, fd_step=0.1),
 }
 
 

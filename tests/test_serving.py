@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are
 pytest.importorskip("tensorflow_serving")
 
 REAL_SERVER = os.environ.get("TF_MODEL_SERVER")
-NAME = "resnext10_12_tv_lip"  # what serving/models.config serves; here something smaller
+NAME = "resnet9_32_tv_lip"  # what serving/models.config serves; here something smaller
 LABELS = {"stable": 1, "canary": 2}
 
 

@@ -77,10 +77,11 @@ def groups() -> dict[str, dict[str, Call]]:
         "CleverHans, adapted": call(attacks.CleverHansCW(steps=50, search_steps=1)),
     }
     boundary = attacks.FoolboxBoundary(steps=STEPS)
+    upstream = boundary.attack(images.shape)
     starts = boundary.prepared(model, images, labels)[1]["starting_points"]
     found[f"Boundary, {STEPS} steps"] = {
         "Foolbox, adapted": call(boundary),
-        "Foolbox": lambda: boundary.attack(
+        "Foolbox": lambda: upstream(
             wrapped, *tensors, starting_points=tf.constant(starts), epsilons=None
         ),
     }

@@ -3,7 +3,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import tvkeras
 from tests.conftest import BACKEND, batch, net
@@ -268,13 +268,15 @@ def test_the_fast_twin_is_the_same_function(training):
     nested = keras.Sequential([keras.Input((6, 6, 3)), layers.BatchNormalization(scale=False)])
     images = keras.Input((6, 6, 3))
     x = layers.BatchNormalization(momentum=0.7)(layers.Conv2D(3, 3, padding="same")(images))
+    x = layers.Activation("gelu")(x)
     x = layers.BatchNormalization()(layers.Flatten()(nested(x)))
     classifier = keras.Model(images, layers.Dense(2)(x))
     for variable, noise in zip(classifier.variables, itertools.count(1)):
         variable.assign(variable + 0.01 * noise)
     twin = backends.fast_twin(classifier)
-    fused = [layer for layer in twin.layers if "Fused" in type(layer).__name__]
-    assert len(fused) == 1  # and the nested one; the flat one stays Keras's
+    fused = [type(layer).__name__ for layer in twin.layers if "Fused" in type(layer).__name__]
+    # and the nested one; the flat one stays Keras's
+    assert fused == ["FusedBatchNormalization", "FusedGelu"]
     arguments = (
         [variable.value for variable in classifier.trainable_variables],
         [variable.value for variable in classifier.non_trainable_variables],
@@ -285,6 +287,19 @@ def test_the_fast_twin_is_the_same_function(training):
     np.testing.assert_allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(one[1], other[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    def gradients(model):
+        def loss(weights, images):
+            outputs = model.stateless_call(weights, arguments[1], images, training=training)[0]
+            return ops.sum(ops.square(outputs)), None
+
+        found = backends.value_and_gradient(
+            loss, (arguments[0], ops.convert_to_tensor(arguments[2]))
+        )
+        return keras.tree.flatten(found[1])
+
+    for a, b in zip(gradients(twin), gradients(classifier), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")

@@ -4,21 +4,18 @@ python -m tvkeras.zoo list [PATTERN]        names, size of the weights, where th
 python -m tvkeras.zoo show NAME             what was measured, and how to load it
 python -m tvkeras.zoo verify [NAME]         checks files and logits of one entry or all
 python -m tvkeras.zoo publish RUN_DIR NAME  makes an entry of an evaluated run
-python -m tvkeras.zoo site [PATTERN]        builds a leaderboard to look at, in --output
+python -m tvkeras.zoo site [PATTERN]        builds a leaderboard to look at, in --output=site
 """
 
+import argparse
 import inspect
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
-
 from tvkeras import zoo
 from tvkeras.evaluation.card import Rate
 from tvkeras.zoo import store
-
-_OUTPUT = flags.DEFINE_string("output", "site", "The folder that `site` writes.")
 
 
 def list_(pattern: str = "*") -> None:
@@ -82,11 +79,11 @@ def publish(run_dir: str, name: str) -> None:
     print(f"published: {zoo.publish(run_dir, name)}")
 
 
-def site(pattern: str = "*") -> None:
+def site(pattern: str = "*", *, output: str = "site") -> None:
     """Builds the pages of the entries."""
     from tvkeras.zoo import site as pages  # what makes pages is needed here alone
 
-    print(f"open in a browser: {pages.build(zoo.names(pattern), pathlib.Path(_OUTPUT.value))}")
+    print(f"open in a browser: {pages.build(zoo.names(pattern), pathlib.Path(output))}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -99,14 +96,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, call."""
-    command, *arguments = argv[1:] or [""]
+    """Parse, call: a command's arguments are its function's, keywords with two dashes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tvkeras.zoo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, call in COMMANDS.items():
+        command = commands.add_parser(name, description=call.__doc__)
+        command.set_defaults(call=call)
+        for argument in inspect.signature(call).parameters.values():
+            if argument.kind is argument.KEYWORD_ONLY:
+                command.add_argument(f"--{argument.name}", default=argument.default)
+            elif argument.default is argument.empty:
+                command.add_argument(argument.name)
+            else:
+                command.add_argument(argument.name, nargs="?", default=argument.default)
+    given = vars(parser.parse_args(argv[1:]))
     try:
-        call = inspect.signature(COMMANDS[command]).bind(*arguments)
-    except (KeyError, TypeError):
-        raise app.UsageError(f"no such command: {' '.join(argv[1:])}") from None
-    try:
-        COMMANDS[command](*call.args)
+        given.pop("call")(**given)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -116,4 +125,4 @@ def _percent(rate: Rate) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)

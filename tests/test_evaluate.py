@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import BACKEND, ROOT
 from tvkeras import attacks, compare, config, evaluate, evaluation, runs, train, zoo
-from tvkeras.evaluation import card, suite
+from tvkeras.evaluation import card, page, suite
 
 TRIALS = (
     suite.Trial(
@@ -135,7 +135,7 @@ def test_the_evasive_attack_is_measured_at_its_own_threshold_alone(evaluated):
     (report,) = evaluated[0].detection
     assert (report.held_out_images, report.false_positive_rate.n) == (144, 360)
     assert report.at.keys() == {"PGD, ε = 1/2", "DDN"}  # at the largest radius
-    assert "| evasive | 25.0 (14.2-40.2) | - | 1.5 | 40 |" in card.render(by_hand())
+    assert "| evasive | 25.0 (14.2-40.2) | - | 1.5 | 40 |" in page.render(by_hand())
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_bad_settings_of_an_evaluation(tmp_path):
 def assert_page_is_its_card(folder):
     """The page is what the card beside it renders to, and its figures are there."""
     found = card.Card.from_json((folder / "card.json").read_text())
-    assert card.render(found) == (folder / "README.md").read_text()
+    assert page.render(found) == (folder / "README.md").read_text()
     for file in found.figures.values():
         assert (folder / file).exists()
 
@@ -300,29 +300,29 @@ def by_hand(**changes):
 
 
 def test_a_changed_page_or_card_is_noticed(tmp_path):
-    card.write(by_hand(), tmp_path)
+    page.write(by_hand(), tmp_path)
     assert_page_is_its_card(tmp_path)
-    page = tmp_path / "README.md"
-    page.write_text(page.read_text().replace("25.0", "15.0"))
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("25.0", "15.0"))
     with pytest.raises(AssertionError):
         assert_page_is_its_card(tmp_path)
-    card.write(by_hand(), tmp_path)
+    page.write(by_hand(), tmp_path)
     (tmp_path / "card.json").write_text(by_hand(seed=8).to_json())
     with pytest.raises(AssertionError):
         assert_page_is_its_card(tmp_path)
-    card.write(by_hand(figures={"a curve": "missing.png"}), tmp_path)
+    page.write(by_hand(figures={"a curve": "missing.png"}), tmp_path)
     with pytest.raises(AssertionError):
         assert_page_is_its_card(tmp_path)
 
 
 def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
-    page = card.render(by_hand())
-    assert '\n# the "first": one: unreliable\n' in page
-    assert "Clean error: **25.0 (14.2-40.2) %** on 40 images of digits test" in page
-    assert "seed 7" in page
-    assert "| `unbounded` | - **fail** |" in page
+    text = page.render(by_hand())
+    assert '\n# the "first": one: unreliable\n' in text
+    assert "Clean error: **25.0 (14.2-40.2) %** on 40 images of digits test" in text
+    assert "seed 7" in text
+    assert "| `unbounded` | - **fail** |" in text
     yaml = pytest.importorskip("yaml")
-    metadata = yaml.safe_load(page.split("---\n")[1])
+    metadata = yaml.safe_load(text.split("---\n")[1])
     (index,) = metadata["model-index"]
     assert index["name"] == 'the "first": one'
     accuracy, robust = index["results"][0]["metrics"]
@@ -335,12 +335,12 @@ DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
 
 def test_a_card_before_notes_is_read_and_keeps_its_page():
     noted = by_hand(note="Trained briefly.")
-    assert "\n\nTrained briefly.\n\n" in card.render(noted)
+    assert "\n\nTrained briefly.\n\n" in page.render(noted)
     content = json.loads(noted.to_json())
     del content["note"]
     older = card.Card.from_json(json.dumps({**content, "schema": 2}))
     assert older == by_hand(schema=2)
-    assert card.render(older) == card.render(noted).replace("Trained briefly.\n\n", "")
+    assert page.render(older) == page.render(noted).replace("Trained briefly.\n\n", "")
 
 
 def test_cards_are_tabled_side_by_side():
@@ -400,7 +400,7 @@ def test_errors_are_drawn_in_the_order_of_the_weights(tmp_path, monkeypatch):
 
 
 def test_cards_are_read_from_folders_and_the_zoo(tmp_path):
-    card.write(by_hand(), tmp_path)
+    page.write(by_hand(), tmp_path)
     assert compare.read(str(tmp_path)) == by_hand()
     assert compare.read("digits_tv_lip") == zoo.card("digits_tv_lip")
     with pytest.raises(ValueError, match=r"no card\.json.*tvkeras\.evaluate"):

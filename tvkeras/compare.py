@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags
 
 from tvkeras import checks, zoo
-from tvkeras.evaluation import card, figures
+from tvkeras.evaluation import card, figures, page
 from tvkeras.evaluation.card import Card, Rate
 
 _FIGURE = flags.DEFINE_string("figure", None, "A PNG to write: error against the weights.")
@@ -90,13 +90,13 @@ def _errors(about: Card) -> dict[str, Rate]:
 
 def _robustness(about: Card) -> dict[str, str]:
     sizes = {
-        f"{statistic} ‖∇{function}‖": card.number(about.gradient_norms[key][statistic])
+        f"{statistic} ‖∇{function}‖": page.number(about.gradient_norms[key][statistic])
         for key, function in (("loss", "loss"), ("model", "f"))
         for statistic in ("mean", "max")
     }
     return {
         **{name: _percent(error) for name, error in _errors(about).items()},
-        **{f"median {r.norm}": card.number(r.median_distance) for r in about.worst_case},
+        **{f"median {r.norm}": page.number(r.median_distance) for r in about.worst_case},
         **{f"images, {r.norm}": f"{r.clean_error.n:,}" for r in about.worst_case},
         **{f"audit, {r.norm}": r.verdict for r in about.audit},
         **sizes,
@@ -118,7 +118,7 @@ def _detection(about: Card) -> dict[str, str]:
         found[f"clean ({report.statistic})"] = _percent(report.false_positive_rate)
         for name, rate in report.detected.items():
             found[f"{name} ({report.statistic})"] = _percent(rate)
-            found[f"{name} ({report.statistic}), distance"] = card.number(
+            found[f"{name} ({report.statistic}), distance"] = page.number(
                 report.median_distance[name]
             )
         found[f"images that evade ({report.statistic})"] = _percent(report.evasive_success)
@@ -130,7 +130,7 @@ def _table(cards: Mapping[str, Card], figures_of: Callable[[Card], dict[str, str
     columns = [figures_of(about) for about in cards.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-    return card.table(["", *cards], rows)
+    return page.table(["", *cards], rows)
 
 
 def _weights(about: Card) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
-from tvkeras.evaluation import audit, card, figures, suite
+from tvkeras.evaluation import audit, card, figures, page, suite
 from tvkeras.evaluation.case import ORDERS
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
@@ -195,7 +195,7 @@ def evaluate(
         versions=runs.versions(*_libraries(trials)),
         note=note,
     )
-    card.write(result, folder)
+    page.write(result, folder)
     return result
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 
 from tvkeras import checkpoint, data
-from tvkeras.evaluation import card
+from tvkeras.evaluation import card, page
 from tvkeras.zoo import probe, store
 
 RUN_FILES = ("run.json", "best.weights.h5", "config.gin", "log.csv")
@@ -69,7 +69,7 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
         work.mkdir()
         for path in (*(run / file for file in RUN_FILES), *(evaluation / f for f in copied)):
             shutil.copyfile(path, work / path.name)
-        card.write(dataclasses.replace(measured, name=name), work)
+        page.write(dataclasses.replace(measured, name=name), work)
         probe.write(work, images)
         files = {path.name: store.File.of(path.read_bytes()) for path in sorted(work.iterdir())}
         work.rename(entry)

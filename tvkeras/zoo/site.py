@@ -5,7 +5,6 @@ The templates are in `tvkeras/zoo/templates`; an entry's page is its card's own 
 
 import math
 import pathlib
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import markdown
 import markupsafe
 
 from tvkeras import checks
-from tvkeras.evaluation import card
+from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Card, WorstCase
 from tvkeras.zoo import store
 
@@ -59,8 +58,8 @@ def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
 
 def leaderboard(cards: Sequence[Card]) -> str:
     """The page of tables that `tables` describes, as HTML."""
-    page = _TEMPLATES.get_template("leaderboard.html")
-    return page.render(tables=tables(cards), cards=cards)
+    template = _TEMPLATES.get_template("leaderboard.html")
+    return template.render(tables=tables(cards), cards=cards)
 
 
 def _build_page(name: str, output: pathlib.Path) -> Card:
@@ -71,8 +70,8 @@ def _build_page(name: str, output: pathlib.Path) -> Card:
     output.mkdir(exist_ok=True)
     for file in files:
         shutil.copyfile(entry / file, output / file)
-    page = _TEMPLATES.get_template("model.html")
-    text = page.render(card=about, body=_body(about))
+    template = _TEMPLATES.get_template("model.html")
+    text = template.render(card=about, body=_body(about))
     (output / "index.html").write_text(text, encoding="utf-8")
     return about
 
@@ -122,10 +121,9 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
 
 
 def _body(about: Card) -> markupsafe.Markup:
-    """The card's page as HTML, without the metadata before it; markup in its texts is text."""
-    page = re.sub(r"\A---\n.*?\n---\n", "", card.render(about), flags=re.DOTALL)
+    """The card's page as HTML; markup in its texts is text."""
     converter = markdown.Markdown(extensions=["tables", "fenced_code"])
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
-    text = converter.convert(page).replace("<table>", f"{_SCROLLED}<table>")
+    text = converter.convert(page.body(about)).replace("<table>", f"{_SCROLLED}<table>")
     return markupsafe.Markup(text.replace("</table>", "</table></div>"))

@@ -13,7 +13,7 @@ import jinja2
 import markdown
 import markupsafe
 
-from tvkeras import checks
+from tvkeras import checks, zoo
 from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Card, WorstCase
 from tvkeras.zoo import store
@@ -64,7 +64,7 @@ def leaderboard(cards: Sequence[Card]) -> str:
 
 def _build_page(name: str, output: pathlib.Path) -> Card:
     """Writes the page of one entry, with its figures; returns its card."""
-    about = Card.from_json((store.folder(name, "card.json") / "card.json").read_text())
+    about = zoo.card(name)
     files = ["card.json", *about.figures.values()]
     entry = store.folder(name, *files)
     output.mkdir(exist_ok=True)

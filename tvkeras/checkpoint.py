@@ -8,7 +8,7 @@ import pathlib
 import re
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -153,6 +153,28 @@ def assign(variables: list[keras.Variable], arrays: Mapping[str, np.ndarray]) ->
     found = {name: array.shape for name, array in arrays.items()}
     require_fit(expected, found, "the checkpoint")
     for variable, array in zip(variables, arrays.values(), strict=True):
+        variable.assign(array)
+
+
+def assign_part(
+    variables: list[keras.Variable], arrays: Mapping[str, np.ndarray], path: pathlib.Path
+) -> None:
+    """Sets variables to those of a checkpoint's arrays that are theirs, such as a part's.
+
+    Raises:
+        CheckpointError: If they do not stand in it, one after the other.
+    """
+
+    def kinds(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[Any]:
+        return [(name.partition(":")[2], shape) for name, shape in shapes]
+
+    own = kinds(zip(_names(variables), (tuple(v.shape) for v in variables), strict=True))
+    found = kinds((name, array.shape) for name, array in arrays.items())
+    starts = (i for i in range(len(found) - len(own) + 1) if found[i : i + len(own)] == own)
+    start = next(starts, None)
+    if start is None:
+        raise CheckpointError(f"{path} holds no weights of this model: it is of another one.")
+    for variable, array in zip(variables, list(arrays.values())[start:], strict=False):
         variable.assign(array)
 
 

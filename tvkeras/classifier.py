@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks
+from tvkeras.averaging import Lookahead
 from tvkeras.defenses import Defense, TrainingBatch, Update
 
 Tensor = Any
@@ -32,6 +33,9 @@ class RobustClassifier(keras.Model):
         augmentation: Called as `augmentation(images, seed)` inside the compiled
             training step, such as `tvkeras.data.Augmentation()`; None for none.
         seed: Seed of the augmentation's and the defence's random numbers.
+        averaging: An average of the weights that training goes on from, such as
+            `tvkeras.averaging.Lookahead(steps=...)`; None for none.
+        ramp_steps: Steps over which the defence's weights grow linearly to their values.
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
@@ -53,6 +57,8 @@ class RobustClassifier(keras.Model):
         defense: Defense,
         augmentation: Callable[[Tensor, keras.random.SeedGenerator], Tensor] | None = None,
         seed: int = 0,
+        averaging: Lookahead | None = None,
+        ramp_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,6 +75,13 @@ class RobustClassifier(keras.Model):
         self.augmentation = augmentation
         self.random = keras.random.SeedGenerator(checks.whole_number("seed", seed))
         self.penalty_metrics = {name: keras.metrics.Mean(name) for name in defense.penalties}
+        self.averaging = averaging
+        self.ramp_steps = checks.whole_number("ramp_steps", ramp_steps)
+        self._averaged = _floating(classifier) if averaging else []
+        self.averages = [
+            keras.Variable(ops.convert_to_numpy(v), trainable=False, dtype=v.dtype, name="average")
+            for v in self._averaged  # copies: `v.value` would be the same storage
+        ]
         self._seed = seed
         self.built = True
 
@@ -197,7 +210,7 @@ class RobustClassifier(keras.Model):
         buffers = self.classifier.non_trainable_variables
         state = [values[id(variable)] for variable in buffers]
         images = self._as_images(images)
-        loss_scale = self.optimizer.scale_loss(1.0)
+        loss_scale, strength = self.optimizer.scale_loss(1.0), self._strength(images.dtype)
 
         def call(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Any, Tensor]:
             logits, new_state, losses = self._call_twin(
@@ -218,11 +231,40 @@ class RobustClassifier(keras.Model):
                 loss_scale=loss_scale,
                 stochastic=any("seed_generator_state" in variable.path for variable in buffers),
                 seed=self.random,
+                strength=strength,
             )
             update = self.defense.update(batch)
             values[id(self.random.state)] = scope.get_current_value(self.random.state)
         values.update({id(v): value for v, value in zip(buffers, update.state, strict=True)})
         return update, [values[id(variable)] for variable in self.non_trainable_variables]
+
+    def average_weights(
+        self, step: Tensor, trainable: Sequence[Tensor], non_trainable: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Values of the variables after `averaging`, assigning none.
+
+        Args:
+            step: Steps that are done, a scalar.
+            trainable: Values of `trainable_variables` after the step.
+            non_trainable: Values of `non_trainable_variables` after the step.
+        """
+        if self.averaging is None:
+            return list(trainable), list(non_trainable)
+        groups = (self.trainable_variables, self.non_trainable_variables)
+        values = {
+            id(variable): value
+            for variables, group in zip(groups, (trainable, non_trainable), strict=True)
+            for variable, value in zip(variables, group, strict=True)
+        }
+        updated = self.averaging(
+            step,
+            [values[id(variable)] for variable in self._averaged],
+            [values[id(variable)] for variable in self.averages],
+        )
+        for variables, new in zip((self._averaged, self.averages), updated, strict=True):
+            values.update({id(v): value for v, value in zip(variables, new, strict=True)})
+        one, other = ([values[id(variable)] for variable in group] for group in groups)
+        return one, other
 
     def compute_logs(
         self, update: Update, images: Tensor, labels: Tensor, sample_weight: Tensor | None
@@ -247,13 +289,15 @@ class RobustClassifier(keras.Model):
             "classifier": serialize(self.classifier),
             "defense": serialize(self.defense),
             "augmentation": self.augmentation and serialize(self.augmentation),
+            "averaging": self.averaging and serialize(self.averaging),
+            "ramp_steps": self.ramp_steps,
             "seed": self._seed,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RobustClassifier":
         """The inverse of `get_config`."""
-        parts = ("classifier", "defense", "augmentation")
+        parts = ("classifier", "defense", "augmentation", "averaging")
         restored = {
             name: config[name] and keras.saving.deserialize_keras_object(config[name])
             for name in parts
@@ -264,6 +308,12 @@ class RobustClassifier(keras.Model):
         """Compiles a loaded model as the saved one was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
+
+    def _strength(self, dtype: str) -> Tensor | float:
+        """What the defence's weights are multiplied with at the next step."""
+        if not self.ramp_steps:
+            return 1.0
+        return ops.minimum((ops.cast(self.optimizer.iterations, dtype) + 1) / self.ramp_steps, 1.0)
 
     def _as_images(self, images: Tensor) -> Tensor:
         if keras.backend.standardize_dtype(images.dtype) == "uint8":
@@ -343,6 +393,11 @@ def _compute_dtypes(model: Any) -> set[str]:
     """Names of the precisions that a model's layers compute in, nested ones too."""
     nested = (_compute_dtypes(layer) for layer in model.layers if hasattr(layer, "layers"))
     return {layer.compute_dtype for layer in model.layers}.union(*nested)
+
+
+def _floating(classifier: keras.Model) -> list[keras.Variable]:
+    """A classifier's variables that can be averaged: all but the seeds' states."""
+    return [v for v in classifier.variables if keras.backend.is_float_dtype(v.dtype)]
 
 
 def _flat_labels(labels: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     defenses.TRADES,
     defenses.TVLipschitz,
     defenses.Undefended,
+    schedules.lookahead,
     schedules.one_cycle,
     schedules.sgd,
     schedules.step_decay,
+    schedules.triangle,
     suite.Trial,
 )
 

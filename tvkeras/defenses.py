@@ -70,6 +70,8 @@ class TrainingBatch:
         loss_scale: Factor on every gradient, for float16.
         stochastic: Whether the classifier draws random numbers, as dropout does.
         seed: Source of the defence's own random numbers.
+        strength: Factor on the defence's weights or radius, at most 1, while it is
+            ramped up.
     """
 
     call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor], Tensor]]
@@ -81,6 +83,7 @@ class TrainingBatch:
     loss_scale: Tensor | float
     stochastic: bool
     seed: keras.random.SeedGenerator
+    strength: Tensor | float = 1.0
 
     def outputs(
         self, trainable: Sequence[Tensor], images: Tensor, extra: Tensor | None = None
@@ -311,7 +314,7 @@ class TVLipschitz(Defense):
         return self._finite_difference(batch)
 
     def _finite_difference(self, batch: TrainingBatch) -> Update:
-        tv_weight = checks.epsilon(self.tv_weight)
+        tv_weight, lipschitz_weight = self._weights(batch)
         if self.penalty_fraction < 1.0:
             plain = Undefended().update(batch)
             batch = batch.subset(self.penalty_fraction)
@@ -345,7 +348,7 @@ class TVLipschitz(Defense):
                     peak = ops.take(outputs.example_loss, steepest)
                     if extra is not None:
                         peak = peak - outputs.example_loss[-1]
-                    value = value + self.lipschitz_weight * share * peak
+                    value = value + lipschitz_weight * share * peak
                 return value / span, None
 
             value, _, (gradients,) = batch.gradient(end, batch.trainable)
@@ -369,7 +372,7 @@ class TVLipschitz(Defense):
         )
 
     def _double_backprop(self, batch: TrainingBatch) -> Update:
-        tv_weight = checks.epsilon(self.tv_weight)
+        tv_weight, lipschitz_weight = self._weights(batch)
 
         def objective(trainable: Sequence[Tensor]) -> tuple[Tensor, Any]:
             def loss(images: Tensor) -> tuple[Tensor, Outputs]:
@@ -381,11 +384,17 @@ class TVLipschitz(Defense):
             steepest, lipschitz, share = batch.maximum(sizes)
             penalties = {"total_variation": batch.mean(sizes), "lipschitz": lipschitz}
             value = outputs.loss + tv_weight * penalties["total_variation"]
-            peak = self.lipschitz_weight * share * ops.take(sizes, steepest)
+            peak = lipschitz_weight * share * ops.take(sizes, steepest)
             return value + peak, (outputs, penalties)
 
         loss, (outputs, penalties), (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, outputs.logits, outputs.state, penalties)
+
+    def _weights(self, batch: TrainingBatch) -> tuple[Tensor | float, Tensor | float]:
+        """Of the mean and of the maximum, as far as they are ramped up."""
+        return batch.strength * checks.epsilon(
+            self.tv_weight
+        ), batch.strength * self.lipschitz_weight
 
     def _step(self, images: Tensor) -> float:
         """The t at which t d has l2 length fd_step, for a d without zero entries."""
@@ -443,7 +452,8 @@ class AdversarialTraining(Defense):
         if self.random_start:
             radius = checks.epsilon(self.epsilon)
             start = norms.random_in_ball(batch.images, self.norm, radius, batch.seed)
-        x_adv = _attack(self, gradient, batch.images, start)
+            start = batch.strength * start
+        x_adv = _attack(self, gradient, batch, start)
         return Undefended().update(dataclasses.replace(batch, images=x_adv))
 
 
@@ -497,11 +507,11 @@ class TRADES(Defense):
             clean = batch.outputs(trainable, batch.images)
             attacked = batch.outputs(trainable, x_adv)
             divergence = batch.mean(_kl_divergence(clean.logits, attacked.logits))
-            return clean.loss + self.beta * divergence, clean
+            return clean.loss + batch.strength * self.beta * divergence, clean
 
         shape, dtype = ops.shape(batch.images), batch.images.dtype
         start = keras.random.normal(shape, stddev=1e-3, dtype=dtype, seed=batch.seed)
-        x_adv = _attack(self, gradient, batch.images, start)
+        x_adv = _attack(self, gradient, batch, start)
         loss, clean, (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, clean.logits, clean.state)
 
@@ -532,7 +542,7 @@ def _check_attack(defense: AdversarialTraining | TRADES) -> None:
 def _attack(
     defense: AdversarialTraining | TRADES,
     gradient: Callable[[Tensor], Tensor],
-    images: Tensor,
+    batch: TrainingBatch,
     start: Tensor,
 ) -> Tensor:
     epsilon = checks.epsilon(defense.epsilon)
@@ -541,11 +551,11 @@ def _attack(
         step_size = checks.epsilon(defense.step_size, "step_size")
     x_adv = norms.projected_ascent(
         gradient,
-        images,
+        batch.images,
         norm=defense.norm,
-        epsilon=epsilon,
+        epsilon=batch.strength * epsilon,
         steps=defense.steps,
-        step_size=step_size,
+        step_size=batch.strength * step_size,
         start=start,
         bounds=defense.bounds,
     )

@@ -34,6 +34,9 @@ class TrainingInterrupt(KeyboardInterrupt):
 class Recorder(keras.callbacks.Callback):
     """Logs, keeps the best weights and the state, and stops on a lost loss or a signal.
 
+    The best weights are those of the highest held-out accuracy: robust, where
+    `tvkeras.validation.RobustValidation` measures it before, else clean.
+
     The state is written to `checkpoints/last` when it is due, the one before it is kept
     as `checkpoints/previous`. It holds all that the next step depends on: weights,
     optimizer, seeds, the metrics' sums, and the position in the data.
@@ -79,8 +82,8 @@ class Recorder(keras.callbacks.Callback):
         self._cost = 0.0
         self._signal: int | None = None
 
-    def restore(self, model: keras.Model) -> None:
-        """Sets the model to the newest whole checkpoint, if there is one.
+    def restore(self, model: keras.Model) -> bool:
+        """Sets the model to the newest whole checkpoint, and returns whether there is one.
 
         Several processes get the first one's, whatever is on their own disks.
 
@@ -98,6 +101,7 @@ class Recorder(keras.callbacks.Callback):
             self.epoch, self.step = meta["epoch"], meta["step"]
             self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]
             self._rows, self._metrics = meta["log"], meta["metrics"]
+        return bool(content)
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
@@ -173,7 +177,8 @@ class Recorder(keras.callbacks.Callback):
         row = {name: float(value) for name, value in (logs or {}).items()}
         self._check_loss("its end", row)
         row = {"epoch": epoch, "learning_rate": self._learning_rate(), **row}
-        best = max((old.get("val_accuracy", 0.0) for old in self._rows), default=-1.0)
+        chosen_by = "val_robust_accuracy" if "val_robust_accuracy" in row else "val_accuracy"
+        best = max((old.get(chosen_by, 0.0) for old in self._rows), default=-1.0)
         self._rows.append(row)
         self._unsaved_steps += self.params["steps"] - self.step
         self.epoch, self.step = epoch + 1, 0
@@ -184,7 +189,7 @@ class Recorder(keras.callbacks.Callback):
                 if self._writes:
                     with self._writing():
                         checkpoint.write_atomically(self.log_path, _as_csv(self._rows))
-                        if row.get("val_accuracy", math.inf) >= best:
+                        if row.get(chosen_by, math.inf) >= best:
                             runs.save_float16(self.model.classifier, self.best_path)
                 if last or number or self._is_due(minutes=0.0):
                     self._save()

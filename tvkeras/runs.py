@@ -5,13 +5,14 @@ run.json              versions, backend, seed, data checksum, and the results
 log.csv               one row an epoch
 tensorboard/          the same, under the TensorFlow backend
 checkpoints/          last and previous: weights, optimizer, seeds, position in the data
-best.weights.h5       the classifier at its best held-out accuracy, as float16
+best.weights.h5       the classifier at its best held-out accuracy (robust, if measured), as float16
 lock                  held by the process that trains in the folder
 """
 
 import contextlib
 import difflib
 import fcntl
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -59,13 +60,20 @@ def locked(run_dir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(run_dir: pathlib.Path, config: str, facts: Mapping[str, Any]) -> None:
+def claim(
+    run_dir: pathlib.Path,
+    config: str,
+    facts: Mapping[str, Any],
+    machine: Mapping[str, str] | None = None,
+) -> None:
     """Writes `config.gin` and `run.json` into a new run folder, or checks that they are this run's.
 
     Args:
         run_dir: The run folder.
         config: The gin configuration.
         facts: What else decides the run's result, as JSON holds it, by name.
+        machine: What this machine chose, kept among the versions: a run may go on with
+            others, with a warning.
 
     Raises:
         ValueError: With the difference, if the folder is of another configuration.
@@ -87,7 +95,8 @@ def claim(run_dir: pathlib.Path, config: str, facts: Mapping[str, Any]) -> None:
             + "\nGo on with that configuration, or choose another --run_dir."
         )
     checkpoint.write_atomically(path, config.encode())
-    earlier, found = described.get("versions", versions()), versions()
+    found = {**versions(), **(machine or {})}
+    earlier = described.get("versions", found)
     if earlier != found:
         warnings.warn(
             f"{run_dir} was begun with {earlier}; it goes on with {found}, and may end in slightly "
@@ -153,6 +162,34 @@ def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
     classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
     load_weights(classifier, weights)
     return classifier, about
+
+
+def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
+    """Sets a classifier to the weights that another run ended, or stood, with.
+
+    Args:
+        classifier: Of the same architecture.
+        source: A run folder, of which the best weights are meant, or a checkpoint of a
+            run, such as `RUN_FOLDER/checkpoints/last`.
+
+    Returns:
+        The sha256 of the file.
+
+    Raises:
+        ValueError: If there is no such file.
+        checkpoint.CheckpointError: If it is damaged, or of another model.
+    """
+    path = source / "best.weights.h5" if source.is_dir() else source
+    if not path.is_file():
+        raise ValueError(
+            "initial_weights must be a run folder, a checkpoint in one or a name of "
+            f"tvkeras.zoo.names(), got {str(source)!r}; {path} does not exist."
+        )
+    if path.suffix == ".h5":
+        load_weights(classifier, path)
+    else:
+        checkpoint.assign_part(classifier.variables, checkpoint.load(path)[0], path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:

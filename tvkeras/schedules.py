@@ -1,13 +1,18 @@
-"""Optimizers and learning-rate schedules in fractions of a run, so that any length fits."""
+"""Optimizers, learning rates and averages in fractions of a run, so that any length fits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
+from keras import ops
 
 from tvkeras import checks
+from tvkeras.averaging import Lookahead
 
+Tensor = Any
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+
+UNDECAYED = ("beta", "bias", "gamma")  # the names of BatchNorm's and bias weights
 
 
 def step_decay(
@@ -62,6 +67,92 @@ def one_cycle(total_steps: int, *, learning_rate: float = 0.2, warmup: float = 0
     )
 
 
+@keras.saving.register_keras_serializable("tvkeras")
+class Triangle(Schedule):
+    """A rate that climbs linearly to its peak and falls linearly to its end.
+
+    Args:
+        start: The first rate.
+        peak: The highest.
+        end: The last.
+        climb: Steps to the peak.
+        steps: Steps to the end.
+    """
+
+    def __init__(self, start: float, peak: float, end: float, climb: int, steps: int) -> None:
+        super().__init__()
+        self._config = {"start": start, "peak": peak, "end": end, "climb": climb, "steps": steps}
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The rate at a step, a scalar."""
+        start, peak, end, climb, steps = self._config.values()
+        step = ops.cast(step, "float32")
+        rising = start + (peak - start) * step / climb
+        falling = peak + (end - peak) * (step - climb) / (steps - climb)
+        return ops.where(step < climb, rising, falling)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras's serialisation."""
+        return self._config
+
+
+def triangle(
+    total_steps: int,
+    *,
+    learning_rate: float = 1.5,
+    warmup: float = 0.23,
+    start: float = 0.2,
+    end: float = 0.07,
+) -> Schedule:
+    """Linear warm-up to `learning_rate`, then a linear fall: for runs of few epochs.
+
+    Args:
+        total_steps: Steps of the run.
+        learning_rate: The highest rate.
+        warmup: Fraction of the run that the rate climbs.
+        start: The first rate, as a fraction of the highest.
+        end: The last rate, as a fraction of the highest.
+
+    Reference: Jordan (2024), "94% on CIFAR-10 in 3.29 seconds", arXiv:2404.00498.
+    """
+    for name, value in (("warmup", warmup), ("start", start), ("end", end)):
+        checks.number(name, value, minimum=0.0, maximum=1.0)
+    rate = checks.number("learning_rate", learning_rate, minimum=0.0)
+    climb = min(max(1, round(warmup * total_steps)), max(1, total_steps - 1))
+    return Triangle(start * rate, rate, end * rate, climb, max(total_steps, climb + 1))
+
+
+def lookahead(total_steps: int, *, every: int = 5, decay: float = 0.95) -> Lookahead:
+    """`Lookahead` over a run of `total_steps`."""
+    return Lookahead(steps=total_steps, every=every, decay=decay)
+
+
+@keras.saving.register_keras_serializable("tvkeras")
+class SGD(keras.optimizers.SGD):
+    """`keras.optimizers.SGD` with another rate for BatchNorm's biases.
+
+    Args:
+        *arguments: As in Keras.
+        bias_rate: Factor on the rate of variables named "beta".
+        **kwargs: As in Keras.
+    """
+
+    def __init__(self, *arguments: Any, bias_rate: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        self.bias_rate = bias_rate
+
+    def update_step(
+        self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
+    ) -> None:
+        """Keras's own step at the variable's rate."""
+        factor = self.bias_rate if variable.name == "beta" else 1.0
+        super().update_step(gradient, variable, learning_rate * factor)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for Keras's serialisation."""
+        return {**super().get_config(), "bias_rate": self.bias_rate}
+
+
 def sgd(
     total_steps: int,
     *,
@@ -69,6 +160,7 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 5e-3,
+    bias_rate: float = 1.0,
     clip_norm: float | None = None,
 ) -> keras.optimizers.Optimizer:
     """Stochastic gradient descent with momentum.
@@ -81,10 +173,18 @@ def sgd(
         weight_decay: Keras shrinks the weights by learning_rate * weight_decay
             outside the momentum. A decay of 5e-4 that is added to the gradient, as
             in the reference code, passes through a momentum of 0.9 ten times over:
-            5e-3 here.
+            5e-3 here. BatchNorm's and bias weights do not decay.
+        bias_rate: Factor on the learning rate of BatchNorm's biases.
         clip_norm: Largest global norm of the gradient, or None.
     """
+    checks.number("bias_rate", bias_rate, minimum=0.0)
     arguments: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
-    return keras.optimizers.SGD(
-        schedule(total_steps), weight_decay=weight_decay, global_clipnorm=clip_norm, **arguments
+    optimizer = SGD(
+        schedule(total_steps),
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm,
+        bias_rate=bias_rate,
+        **arguments,
     )
+    optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+    return optimizer

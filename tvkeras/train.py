@@ -16,13 +16,17 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, schedules
+from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, schedules, zoo
+from tvkeras.averaging import Lookahead
 from tvkeras.classifier import RobustClassifier
 from tvkeras.defenses import Defense
+from tvkeras.losses import SmoothedCrossentropy
 from tvkeras.recorder import Recorder, TrainingInterrupt
+from tvkeras.validation import RobustValidation, first_images
 
 TIMED_STEPS = 5
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
+WHITENING_IMAGES = 2000
 
 
 def train(
@@ -37,10 +41,14 @@ def train(
     augmentation: data.Augmentation | None = None,
     model: str = "resnext34",
     model_arguments: Mapping[str, Any] | None = None,
+    initial_weights: str | None = None,
     optimizer: Callable[[int], keras.optimizers.Optimizer] = schedules.sgd,
+    averaging: Callable[[int], Lookahead] | None = None,
+    label_smoothing: float = 0.0,
+    ramp: float = 0.0,
     epochs: int = 200,
     batch_size: int = 128,
-    precision: str = "float32",
+    precision: str = "auto",
     jit_compile: bool | str = "auto",
     steps_per_execution: int = 1,
     devices: int | str = 1,
@@ -48,6 +56,7 @@ def train(
     checkpoint_steps: int | None = None,
     seed: int = 0,
     norm: str = "l2",
+    validation_epsilon: float | str | None = None,
     epsilons: tuple[float | str, ...] = (0.1, 0.25, "100/255"),
     attacked_images: int = 1000,
     dry_run: bool = False,
@@ -67,17 +76,26 @@ def train(
         augmentation: Of the training images, inside the compiled step.
         model: A name of `tvkeras.models.BUILDERS`.
         model_arguments: For the builder, such as {"width": 16}.
+        initial_weights: Where training starts from: a run folder, a checkpoint in one,
+            or a zoo entry, of the same network.
         optimizer: Maps the number of steps of the run to an optimizer.
+        averaging: Maps it to an average of the weights (`schedules.lookahead`), or None.
+        label_smoothing: Share of a label that is spread over all classes.
+        ramp: Fraction of the run over which the defence's weights grow to their values.
         epochs: Passes over the training set.
         batch_size: Images in a batch.
-        precision: Keras dtype policy: "float32", "mixed_bfloat16", "mixed_float16".
+        precision: Keras dtype policy: "float32", "mixed_bfloat16", "mixed_float16", or
+            "auto" for bfloat16 where the processor or accelerator computes in it and the
+            defence's `fd_step` allows it, else float32; a run may go on elsewhere.
         jit_compile: Whether XLA compiles the step; "auto" for accelerators only.
         steps_per_execution: Steps in one call of the compiled function.
         devices: How many devices share each batch, or "all" (BUILD.md, "Many devices").
         checkpoint_minutes: Minutes between checkpoints (see `tvkeras.recorder`).
         checkpoint_steps: Steps between them instead.
         seed: Of everything random.
-        norm: Threat norm of the final measurement.
+        norm: Threat norm of the final measurement, and of the choice of the best epoch.
+        validation_epsilon: Radius of the short PGD on held-out images whose robust
+            accuracy chooses the best epoch; None chooses by clean accuracy.
         epsilons: Radii of the final measurement.
         attacked_images: Test images attacked in the final measurement.
         dry_run: Only print the plan, with the time of a few steps.
@@ -103,6 +121,10 @@ def train(
     if checkpoint_steps is not None:
         checks.whole_number("checkpoint_steps", checkpoint_steps, minimum=1)
     checks.one_of("precision", precision, PRECISIONS)
+    checks.number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
+    checks.number("ramp", ramp, minimum=0.0, maximum=1.0)
+    if validation_epsilon is not None:
+        checks.epsilon(validation_epsilon, "validation_epsilon")
     if devices != "all":
         checks.whole_number("devices", devices, minimum=1)
     folder = pathlib.Path(run_dir)
@@ -121,7 +143,7 @@ def train(
         }
         with backends.together():
             if image_size is None:
-                splits = data.in_memory(dataset, **shared)
+                splits = data.in_memory(dataset, augmentation=augmentation, **shared)
             else:
                 splits = data.streamed(dataset, image_size=image_size, **shared)
         steps = len(splits.train)
@@ -135,10 +157,22 @@ def train(
 
         random.seed(seed)  # Keras draws every layer's seed from here, on all backends
         stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
-        keras.config.set_dtype_policy(precision)
-        robust = RobustClassifier(build(), defense, augmentation=augmentation, seed=seed)
+        policy = _fastest(defense) if precision == "auto" else precision
+        keras.config.set_dtype_policy(policy)
+        classifier = build()
+        if models.WHITENING in {layer.name for layer in classifier.layers}:
+            models.whiten(classifier, first_images(splits.train, WHITENING_IMAGES)[0])
+        robust = RobustClassifier(
+            classifier,
+            defense,
+            augmentation=augmentation,
+            seed=seed,
+            averaging=averaging and averaging(steps * epochs),
+            ramp_steps=round(ramp * steps * epochs),
+        )
         robust.compile(
             optimizer(steps * epochs),
+            loss=SmoothedCrossentropy(label_smoothing) if label_smoothing else None,
             metrics=["accuracy"],
             jit_compile=jit_compile,
             steps_per_execution=steps_per_execution,
@@ -155,7 +189,6 @@ def train(
             "model": model,
             "model_arguments": arguments,
             "num_classes": splits.test.num_classes,
-            "precision": precision,
             "defense": str(defense),
             "augmentation": str(augmentation),
             "optimizer": {**inner.get_config(), "name": type(inner).__name__},
@@ -167,7 +200,12 @@ def train(
             "seed": seed,
             "backend": keras.backend.backend(),
             "devices": spread.total,
+            "initial_weights": initial_weights,
+            "label_smoothing": label_smoothing,
+            "ramp": ramp,
         }
+        if precision != "auto":
+            facts["precision"] = precision
         if dry_run:
             return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
 
@@ -175,17 +213,23 @@ def train(
         with backends.together():
             if spread.process == 0:
                 stack.enter_context(runs.locked(folder))
-                runs.claim(folder, config.operative(), facts)
+                runs.claim(folder, config.operative(), facts, {"policy": policy})
         recorder = Recorder(
             folder,
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
             devices=spread,
         )
-        recorder.restore(robust)
+        if not recorder.restore(robust) and initial_weights is not None:
+            sha256 = runs.load_start(classifier, zoo.find(initial_weights))
+            if spread.process == 0:
+                runs.describe(folder, initial_weights_sha256=sha256)
 
         # ---- Training --------------------------------------------------------------
-        callbacks = [recorder]
+        callbacks: list[keras.callbacks.Callback] = [recorder]
+        if validation_epsilon is not None and splits.validation is not None:
+            check = RobustValidation(splits.validation, norm=norm, epsilon=validation_epsilon)
+            callbacks.insert(0, check)
         if keras.backend.backend() == "tensorflow":
             board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
             callbacks.insert(0, board)  # the recorder may stop the run at the end of an epoch
@@ -217,6 +261,17 @@ def train(
         results=results,
     )
     return results
+
+
+def _fastest(defense: Defense) -> str:
+    """The fastest precision here that the defence's step is long enough for."""
+    if not backends.computes_in_bfloat16():
+        return "float32"
+    try:
+        defense.check_precision("bfloat16")
+    except ValueError:
+        return "float32"
+    return "mixed_bfloat16"
 
 
 def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) -> float:

@@ -6,6 +6,7 @@ is written in `keras.ops`.
 
 import contextlib
 import importlib
+import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,10 +37,18 @@ class Devices(NamedTuple):
     processes: int = 1
 
 
+def processor_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices, as far as Linux says so."""
+    path = pathlib.Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 _module = importlib.import_module(f"tvkeras.backends.{keras.backend.backend()}")
 
 after = _module.after
 compiled = _module.compiled
+computes_in_bfloat16 = _module.computes_in_bfloat16
 fast_twin = _module.fast_twin
 from_first_process = _module.from_first_process
 maximum_of_processes = _module.maximum_of_processes

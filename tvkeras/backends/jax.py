@@ -31,6 +31,14 @@ def value_and_gradient(
     return jax.value_and_grad(function, argnums=positions, has_aux=True)(*arguments)
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether what trains has instructions for bfloat16; XLA's CPU code makes no use of them."""
+    platforms = {device.platform for device in jax.devices()}
+    if platforms == {"gpu"}:
+        return all(float(device.compute_capability) >= 8.0 for device in jax.devices())
+    return platforms == {"tpu"}
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of arrays under `jax.jit`."""
     return jax.jit(function)
@@ -73,6 +81,9 @@ def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], An
             trainable, non_trainable, images, labels, sample_weight
         )
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, update.gradients, trainable)
+    with keras.StatelessScope(zip(model.optimizer.variables, optimizer, strict=True)):
+        step = model.optimizer.iterations.value
+    trainable, non_trainable = model.average_weights(step, trainable, non_trainable)
     with keras.StatelessScope(zip(model.metrics_variables, metrics, strict=True)) as scope:
         logs = model.compute_logs(update, images, labels, sample_weight)
     metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tvkeras.backends import Devices
+from tvkeras.backends import Devices, processor_has_bfloat16
 
 Tensor = Any
 
@@ -34,6 +34,15 @@ def value_and_gradient(
         value, auxiliary = function(*arguments)
     gradients = tape.gradient(value, arguments, unconnected_gradients="zero")
     return (value, auxiliary), gradients
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether what trains has instructions for bfloat16; without them it is far slower."""
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    if details:
+        return all(about.get("compute_capability", (0, 0)) >= (8, 0) for about in details)
+    return bool(tf.config.list_physical_devices("TPU")) or processor_has_bfloat16()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +129,15 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     for variable, value in zip(model.non_trainable_variables, new_state, strict=True):
         variable.assign(value)
     model.optimizer.apply(gradients, model.trainable_variables)
+    if model.averaging:
+        groups = (model.trainable_variables, model.non_trainable_variables)
+        averaged = model.average_weights(
+            tf.convert_to_tensor(model.optimizer.iterations),
+            *([tf.convert_to_tensor(variable) for variable in group] for group in groups),
+        )
+        for variables, values in zip(groups, averaged, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
     return model.compute_logs(update, images, labels, sample_weight)
 
 
@@ -179,6 +197,7 @@ def _check_replicated(model: Any, strategy: Any) -> None:
         "steps_per_execution": (model.steps_per_execution, 1),
         "gradient_accumulation_steps": (settings.gradient_accumulation_steps, None),
         "ema_overwrite_frequency": (settings.use_ema and settings.ema_overwrite_frequency, None),
+        "averaging": (model.averaging, None),
     }
     for name, (value, only) in refused.items():
         if value and value != only:

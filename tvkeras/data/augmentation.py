@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from tvkeras import checks
@@ -18,23 +19,30 @@ class Augmentation:
 
     Attributes:
         crop: Pixels padded on every side before a random crop of the old size.
-        fill: Value of the padding.
-        flip: Whether to mirror half of the images.
+        fill: Value of the padding, or "reflect" for the image mirrored at its border.
+        flip: Whether to mirror half of the images. "alternating" mirrors an image in
+            every other epoch, which half of them begin with: in two epochs the network
+            sees each image both ways. Only the data knows image and epoch, and does it
+            (`tvkeras.data.Batches`).
         cutout: Side of the square, centred anywhere, that is replaced by its own
             mean colour; 0 for none.
 
-    Reference: DeVries & Taylor (2017), arXiv:1708.04552, for cutout.
+    Reference: DeVries & Taylor (2017), arXiv:1708.04552, for cutout; Jordan (2024),
+    arXiv:2404.00498, for the alternating flip.
     """
 
     crop: int = 4
-    fill: float = 0.5
-    flip: bool = True
+    fill: float | str = 0.5
+    flip: bool | str = True
     cutout: int = 16
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
         checks.whole_number("crop", self.crop)
-        checks.number("fill", self.fill, minimum=0.0, maximum=1.0)
+        if self.fill != "reflect":
+            checks.number("fill", self.fill, minimum=0.0, maximum=1.0)
+        if not isinstance(self.flip, bool):
+            checks.one_of("flip", self.flip, ("alternating",))
         checks.whole_number("cutout", self.cutout)
 
     def __call__(self, images: Tensor, seed: keras.random.SeedGenerator) -> Tensor:
@@ -47,11 +55,14 @@ class Augmentation:
 
         rows = draw(2 * self.crop + 1) + ops.arange(height)
         columns = ops.arange(width)
-        if self.flip:
+        if self.flip is True:
             columns = ops.where(draw(2) == 1, width - 1 - columns, columns)
         columns = columns + draw(2 * self.crop + 1)
-        pad = (self.crop, self.crop)
-        padded = ops.pad(images, ((0, 0), pad, pad, (0, 0)), constant_values=self.fill)
+        pad = ((0, 0), (self.crop, self.crop), (self.crop, self.crop), (0, 0))
+        if self.fill == "reflect":
+            padded = ops.pad(images, pad, mode="reflect")
+        else:
+            padded = ops.pad(images, pad, constant_values=self.fill)
         padded_height, padded_width = height + 2 * self.crop, width + 2 * self.crop
         first = ops.arange(batch)[:, None, None] * (padded_height * padded_width)
         pixels = first + rows[:, :, None] * padded_width + columns[:, None, :]
@@ -65,6 +76,12 @@ class Augmentation:
             mean = total / ops.sum(mask, axis=(1, 2), keepdims=True)
             images = ops.where(square, mean, images)
         return images
+
+    def mirrored(self, seed: int, epoch: int, count: int) -> np.ndarray:
+        """Which of a data set's `count` images are mirrored before an epoch, as booleans."""
+        if self.flip != "alternating":
+            return np.zeros(count, bool)
+        return (np.random.default_rng((seed, count)).integers(2, size=count) + epoch) % 2 == 1
 
     def _near(self, positions: Tensor, centre: Tensor) -> Tensor:
         offset = positions - centre + self.cutout // 2

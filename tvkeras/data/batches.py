@@ -8,6 +8,7 @@ import numpy as np
 from tvkeras import checks
 from tvkeras.backends import Devices
 from tvkeras.data.arrays import Examples, held_out, load
+from tvkeras.data.augmentation import Augmentation
 
 
 class Splits(NamedTuple):
@@ -36,6 +37,7 @@ class Batches(keras.utils.PyDataset):
             last, smaller batch (for evaluation), a seed drops it (for training).
         devices: What the batches are spread over: each process reads its own share
             of them, and evaluation drops the last few images that do not divide.
+        augmentation: Says which images an epoch begins with mirrored, in training.
 
     Raises:
         ValueError: If a shuffled epoch has not one whole batch, or the devices cannot
@@ -48,12 +50,14 @@ class Batches(keras.utils.PyDataset):
         batch_size: int,
         seed: int | None = None,
         devices: Devices = Devices(),  # noqa: B008 (immutable)
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.examples = examples
         self.batch_size = shared_batch_size(batch_size, devices)
         self.seed = seed
         self.devices = devices
+        self.augmentation = augmentation
         if seed is not None and len(examples) < batch_size:
             raise ValueError(
                 f"batch_size must be <= {len(examples)}, the number of images of "
@@ -63,9 +67,13 @@ class Batches(keras.utils.PyDataset):
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Orders the images for `epoch`, of which `first_batch` batches are done."""
-        self._order, self._first = np.arange(len(self.examples)), first_batch
+        count = len(self.examples)
+        self._order, self._first = np.arange(count), first_batch
+        self._mirrored = np.zeros(count, bool)
         if self.seed is not None:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(self._order)
+            if self.augmentation is not None:
+                self._mirrored = self.augmentation.mirrored(self.seed, epoch, count)
 
     def __len__(self) -> int:
         """Batches in an epoch, those that are done included."""
@@ -77,7 +85,9 @@ class Batches(keras.utils.PyDataset):
         rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
         share = len(rows) // self.devices.total * self.devices.total // self.devices.processes
         rows = rows[self.devices.process * share : (self.devices.process + 1) * share]
-        return self.examples.images[rows], self.examples.labels[rows]
+        images, mirrored = self.examples.images[rows], self._mirrored[rows]
+        images[mirrored] = images[mirrored, :, ::-1]
+        return images, self.examples.labels[rows]
 
 
 def batch_count(count: int, batch_size: int, seed: int | None, devices: Devices) -> int:
@@ -106,6 +116,7 @@ def in_memory(
     test_split: str = "test",
     download: bool = False,
     devices: Devices = Devices(),  # noqa: B008 (immutable)
+    augmentation: Augmentation | None = None,
 ) -> Splits:
     """Splits of a data set that `load` holds as arrays.
 
@@ -117,11 +128,12 @@ def in_memory(
         test_split: Split of the final measurement.
         download: Whether missing data may be downloaded.
         devices: What the batches are spread over.
+        augmentation: Says which training images an epoch begins with mirrored.
     """
     test = load(name, test_split, download=download)
     examples, validation = held_out(load(name, "train", download=download), validation_fraction)
     return Splits(
-        train=Batches(examples, batch_size, seed=seed, devices=devices),
+        train=Batches(examples, batch_size, seed=seed, devices=devices, augmentation=augmentation),
         validation=(
             Batches(validation, batch_size, devices=devices)
             if len(validation) >= devices.total

@@ -8,11 +8,13 @@ from typing import Any
 import keras
 
 from tvkeras import checks
+from tvkeras.models.airbench import WHITENING, airbench, whiten
 from tvkeras.models.resnet import resnet9, resnet50
 from tvkeras.models.resnext import resnext
 from tvkeras.models.small import small_cnn
 
 BUILDERS: dict[str, Callable[..., keras.Model]] = {
+    "airbench": airbench,
     "resnet50": resnet50,
     "resnet9": resnet9,
     "resnext10": functools.partial(resnext, depth=10),
@@ -39,4 +41,14 @@ def build(name: str, num_classes: int, **arguments: Any) -> keras.Model:
     return builder(num_classes=num_classes, **arguments)
 
 
-__all__ = ["BUILDERS", "build", "resnet9", "resnet50", "resnext", "small_cnn"]
+__all__ = [
+    "BUILDERS",
+    "WHITENING",
+    "airbench",
+    "build",
+    "resnet9",
+    "resnet50",
+    "resnext",
+    "small_cnn",
+    "whiten",
+]

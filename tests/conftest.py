@@ -58,9 +58,9 @@ def batch(count=8, dtype="float64", seed=0):
     return images, rng.integers(0, 4, count)
 
 
-def update(defense, classifier, images, labels, weight=None, loss=None, seed=0):
+def update(defense, classifier, images, labels, weight=None, loss=None, **settings):
     """The update of one step and the robust classifier that made it, eagerly."""
-    robust = tvkeras.RobustClassifier(classifier, defense, seed=seed, dtype=classifier.dtype)
+    robust = tvkeras.RobustClassifier(classifier, defense, dtype=classifier.dtype, **settings)
     robust.compile(keras.optimizers.SGD(0.1), loss=loss)
     trainable = [keras.ops.convert_to_tensor(v.value) for v in robust.trainable_variables]
     state = [keras.ops.convert_to_tensor(v.value) for v in robust.non_trainable_variables]

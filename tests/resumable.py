@@ -11,9 +11,13 @@ import keras
 from keras import layers
 
 from tvkeras import checkpoint
+from tvkeras.averaging import Lookahead
+from tvkeras.losses import SmoothedCrossentropy
 from tvkeras.recorder import Recorder
+from tvkeras.validation import RobustValidation
 
 EPOCHS, STEPS = 3, 10
+AUGMENTATION = tvkeras.data.Augmentation(crop=1, fill="reflect", flip="alternating", cutout=2)
 
 
 def kill():
@@ -33,18 +37,22 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
     robust = tvkeras.RobustClassifier(
         classifier,
         tvkeras.TVLipschitz(lipschitz_weight=0.1, fd_step=0.1),
-        augmentation=tvkeras.data.Augmentation(crop=1, cutout=2),
+        augmentation=AUGMENTATION,
+        averaging=Lookahead(steps=EPOCHS * STEPS, every=4),
+        ramp_steps=13,
     )
     rate = keras.optimizers.schedules.CosineDecay(0.1, EPOCHS * STEPS)
     robust.compile(
         keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_overwrite_frequency=7),
+        loss=SmoothedCrossentropy(0.1),
         metrics=["accuracy"],
         steps_per_execution=steps_per_execution,
     )
     robust.optimizer.build(robust.trainable_variables)
     recorder = Recorder(pathlib.Path(run_dir), checkpoint_steps=checkpoint_steps)
     recorder.restore(robust)
-    callbacks = [recorder]
+    held_out = tvkeras.data.Batches(data, 8)
+    callbacks = [RobustValidation(held_out, norm="l2", epsilon=0.2), recorder]
     replace = os.replace
     if end is not None:
         step = keras.callbacks.LambdaCallback(
@@ -62,8 +70,8 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
         if recorder.epoch < EPOCHS:
             with recorder.catching_signals():
                 robust.fit(
-                    tvkeras.data.Batches(data, 8, seed=0),
-                    validation_data=tvkeras.data.Batches(data, 8),
+                    tvkeras.data.Batches(data, 8, seed=0, augmentation=AUGMENTATION),
+                    validation_data=held_out,
                     epochs=EPOCHS,
                     initial_epoch=recorder.epoch,
                     initial_step=recorder.step,

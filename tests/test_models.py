@@ -29,6 +29,7 @@ def test_resnet9_has_nine_layers_on_its_longest_path():
 @pytest.mark.parametrize(
     "name",
     [
+        "airbench",
         "resnet9",
         "resnext10",
         "small_cnn",
@@ -36,7 +37,11 @@ def test_resnet9_has_nine_layers_on_its_longest_path():
     ],
 )
 def test_a_model_is_plain_and_returns_logits(name, tmp_path):
-    small = {"small_cnn": {"input_shape": (8, 8, 1)}, "resnet50": {"input_shape": (32, 32, 3)}}
+    small = {
+        "airbench": {"widths": (8, 8, 8)},
+        "small_cnn": {"input_shape": (8, 8, 1)},
+        "resnet50": {"input_shape": (32, 32, 3)},
+    }
     model = models.build(name, 7, **small.get(name, {"input_shape": (16, 16, 3), "width": 4}))
     images = np.random.default_rng(0).random((3, *model.input_shape[1:])).astype("float32")
     logits = model.predict_on_batch(images)

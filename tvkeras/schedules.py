@@ -141,11 +141,11 @@ class SGD(keras.optimizers.SGD):
         super().__init__(*arguments, **kwargs)
         self.bias_rate = bias_rate
 
-    def update_step(
-        self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
-    ) -> None:
+    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
         """Keras's own step at the variable's rate."""
-        factor = self.bias_rate if variable.name == "beta" else 1.0
+        # Under TensorFlow `variable` is the backend's own, of another name.
+        name = self._trainable_variables[self._get_variable_index(variable)].name
+        factor = self.bias_rate if name == "beta" else 1.0
         super().update_step(gradient, variable, learning_rate * factor)
 
     def get_config(self) -> dict[str, Any]:

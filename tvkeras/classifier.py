@@ -77,10 +77,9 @@ class RobustClassifier(keras.Model):
         self.penalty_metrics = {name: keras.metrics.Mean(name) for name in defense.penalties}
         self.averaging = averaging
         self.ramp_steps = checks.whole_number("ramp_steps", ramp_steps)
-        self._averaged = _floating(classifier) if averaging else []
-        self.averages = [
+        self.averages = [  # of copies: `v.value` would be the same storage
             keras.Variable(ops.convert_to_numpy(v), trainable=False, dtype=v.dtype, name="average")
-            for v in self._averaged  # copies: `v.value` would be the same storage
+            for v in (_floating(classifier) if averaging else ())
         ]
         self._seed = seed
         self.built = True
@@ -256,12 +255,9 @@ class RobustClassifier(keras.Model):
             for variables, group in zip(groups, (trainable, non_trainable), strict=True)
             for variable, value in zip(variables, group, strict=True)
         }
-        updated = self.averaging(
-            step,
-            [values[id(variable)] for variable in self._averaged],
-            [values[id(variable)] for variable in self.averages],
-        )
-        for variables, new in zip((self._averaged, self.averages), updated, strict=True):
+        averaged = (_floating(self.classifier), self.averages)
+        fast, slow = ([values[id(variable)] for variable in group] for group in averaged)
+        for variables, new in zip(averaged, self.averaging(step, fast, slow), strict=True):
             values.update({id(v): value for v, value in zip(variables, new, strict=True)})
         one, other = ([values[id(variable)] for variable in group] for group in groups)
         return one, other

@@ -83,7 +83,7 @@ def airbench(
     logits = layers.Rescaling(1 / 9, name="logits", dtype="float32")(x)
     model = keras.Model(images, logits, name="airbench")
     for layer in convolutions:
-        kernel = np.array(layer.kernel)
+        kernel = layer.get_weights()[0]
         same = range(min(kernel.shape[2:]))
         kernel[:, :, :, same] = 0
         kernel[1, 1, same, same] = 1

@@ -28,13 +28,22 @@ def test_there_is_a_file_for_every_row_of_the_talk():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
-@pytest.mark.parametrize("more", [[], ["gin/fast.gin"], ["gin/fast.gin", "gin/small.gin"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["gin/fast.gin"],
+        ["gin/fast.gin", "gin/small.gin"],
+        ["gin/airbench.gin", "gin/branch.gin"],
+    ],
+    ids=lambda more: str(len(more)),
+)
 def test_every_experiment_binds(path, more, configured):
     config.bind([str(path), *more])
     defense = bound("train.defense").scoped_configurable_fn()
     assert isinstance(defense, Defense)
-    precision = bound("train.precision") if "gin/small.gin" in more else "float32"
-    tvkeras.RobustClassifier(net(dtype=precision), defense)  # refuses a step too short for it
+    shortest = net(dtype="mixed_bfloat16")  # what "auto" may choose
+    tvkeras.RobustClassifier(shortest, defense)  # refuses a step too short for it
     text = path.read_text()
     assert text.startswith("# ")
     assert f"python -m tvkeras.train --gin_file={path}" in text

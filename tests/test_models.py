@@ -52,6 +52,18 @@ def test_a_model_is_plain_and_returns_logits(name, tmp_path):
     np.testing.assert_array_equal(loaded.predict_on_batch(images), logits)
 
 
+def test_multiplications_are_counted_by_hand():
+    network = models.resnext(3, (8, 8, 3), depth=10, width=4, branches=1)
+    stages = [(64, 4, 0), (16, 8, 4), (4, 16, 8)]  # positions, width, that of the stage before
+    expected = 64 * 9 * 3 * 4 + 16 * 3
+    for positions, width, before in stages:
+        expected += 2 * positions * 9 * width * width
+        expected += 4 * positions * before * width  # a 1x1 convolution before the pooling
+    assert models.multiply_adds(network) == expected
+    wrapped = keras.Sequential([keras.Input((8, 8, 3)), network])
+    assert models.multiply_adds(wrapped) == expected
+
+
 def test_activation_width_and_branches_are_arguments():
     model = models.resnext(3, (16, 16, 3), depth=10, width=4, branches=3, activation="softplus")
     activations = {

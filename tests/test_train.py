@@ -124,6 +124,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert plan["steps_per_epoch"] == 20
     assert plan["steps"] == 40
     assert plan["parameters"] == tvkeras.models.build("small_cnn", 10, width=4).count_params()
+    assert plan["passes_per_step"] == 2
     assert plan["seconds_per_epoch"] > 0
     assert not (tmp_path / "run").exists()
 

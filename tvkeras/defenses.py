@@ -181,6 +181,11 @@ class Defense:
 
     penalties: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over a batch in one step."""
+        return 1.0
+
     def update(self, batch: TrainingBatch) -> Update:
         """Gradient of the objective at one batch."""
         raise TypeError(f"{type(self).__name__} defines no objective: use one of its subclasses.")
@@ -292,6 +297,14 @@ class TVLipschitz(Defense):
                 "penalty_fraction must be 1 with method='double_backprop', the exact reference, "
                 f"got penalty_fraction={self.penalty_fraction}."
             )
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over a batch in one step, without dropout."""
+        penalised = 3.0 if self.scheme == "central" else 2.0
+        if self.penalty_fraction < 1.0:
+            return 1.0 + penalised * self.penalty_fraction
+        return penalised
 
     def check_precision(self, compute_dtype: str) -> None:
         """Raises ValueError if rounding swamps the difference quotient.
@@ -438,6 +451,11 @@ class AdversarialTraining(Defense):
         """Checks the arguments."""
         _check_attack(self)
 
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over a batch in one step."""
+        return 1.0 + self.steps
+
     def update(self, batch: TrainingBatch) -> Update:
         """Gradient of the mean loss on the adversarial images."""
 
@@ -490,6 +508,11 @@ class TRADES(Defense):
         """Checks the arguments."""
         _check_attack(self)
         checks.number("beta", self.beta, minimum=0.0)
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over a batch in one step, a forward one counted as a third."""
+        return 2.0 + self.steps + 1 / 3
 
     def update(self, batch: TrainingBatch) -> Update:
         """Gradient of the objective; the moving statistics are those of the clean pass."""

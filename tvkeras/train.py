@@ -178,10 +178,13 @@ def train(
             steps_per_execution=steps_per_execution,
         )
         robust.optimizer.build(robust.trainable_variables)
+        operations = 6 * models.multiply_adds(classifier) * defense.passes
         plan = {
-            "parameters": robust.classifier.count_params(),
+            "parameters": classifier.count_params(),
             "steps_per_epoch": steps,
             "steps": steps * epochs,
+            "passes_per_step": defense.passes,
+            "training_pflop": round(operations * batch_size * steps * epochs / 1e15, 3),
         }
         inner: Any = getattr(robust.optimizer, "inner_optimizer", robust.optimizer)
         facts = {

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,22 @@ def build(name: str, num_classes: int, **arguments: Any) -> keras.Model:
     for argument in arguments:
         checks.one_of(f"argument of {name}", argument, inspect.signature(builder).parameters)
     return builder(num_classes=num_classes, **arguments)
+
+
+def multiply_adds(classifier: keras.Model) -> int:
+    """Multiplications, each with an addition, of a forward pass over one image.
+
+    Those of the convolutions and dense layers; a forward-backward pass takes three times
+    as many.
+    """
+    total = 0
+    for layer in classifier.layers:
+        if hasattr(layer, "layers"):
+            total += multiply_adds(layer)
+        elif isinstance(layer, keras.layers.Dense | keras.layers.Conv2D):
+            positions = layer.output.shape[1:-1]
+            total += math.prod(layer.kernel.shape) * math.prod(positions)
+    return total
 
 
 __all__ = [

@@ -22,6 +22,7 @@ from tests.conftest import net, prepared
 from tests.resumable import ending, kill
 from tvkeras import backends, config, data, recorder
 from tvkeras import train as tvkeras_train
+from tvkeras.averaging import Lookahead
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -51,6 +52,8 @@ def train(
     optimizer=None,
     compile_arguments=None,
     uneven=False,
+    lookahead=False,
+    ramp_steps=0,
 ):
     """Weights, statistics and logs after `steps` steps of 16 images."""
     rng = np.random.default_rng(0)
@@ -69,7 +72,13 @@ def train(
         classifier.set_weights(
             [w + rng.normal(size=w.shape, scale=0.1) ** 2 for w in classifier.get_weights()]
         )
-        robust = tvkeras.RobustClassifier(classifier, DEFENSES[defense](), dtype=classifier.dtype)
+        robust = tvkeras.RobustClassifier(
+            classifier,
+            DEFENSES[defense](),
+            averaging=Lookahead(steps=steps * epochs, every=3) if lookahead else None,
+            ramp_steps=ramp_steps,
+            dtype=classifier.dtype,
+        )
         robust.compile(
             keras.optimizers.SGD(0.1, momentum=0.9, **(optimizer or {})),
             metrics=["accuracy"],

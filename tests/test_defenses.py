@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+import tvkeras
 from tests.conftest import arrays, assert_close, batch, distance, net, update
 from tvkeras import backends, norms
 from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
@@ -218,6 +219,27 @@ def test_a_penalty_fraction_keeps_the_expected_gradient():
     assert_close(mean, update(TVLipschitz(**settings), classifier, images, labels).gradients)
 
 
+def test_a_penalty_every_second_step_is_a_doubled_one_and_a_plain_one_in_turn():
+    classifier, (images, labels) = net(), batch()
+    start = classifier.get_weights()
+    settings = {"lipschitz_weight": 0.2, "fd_step": 0.05}
+
+    def trained(*defenses, steps):
+        classifier.set_weights(start)
+        for defense in defenses:
+            robust = tvkeras.RobustClassifier(classifier, defense, dtype=classifier.dtype)
+            robust.compile(keras.optimizers.SGD(0.1))
+            logs = robust.fit(images, labels, batch_size=8, epochs=steps, verbose=0).history
+        return classifier.get_weights(), logs
+
+    found, logs = trained(TVLipschitz(tv_weight=0.3, penalty_every=2, **settings), steps=2)
+    settings["lipschitz_weight"] *= 2
+    expected, _ = trained(TVLipschitz(tv_weight=0.6, **settings), Undefended(), steps=1)
+    assert_close(found, expected)
+    assert logs["total_variation"][0] > 0  # what the plain step does not measure is left out
+    assert TVLipschitz(penalty_every=2).passes == 1.5
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("random_start", [False, True])
 def test_the_training_attack_stays_in_the_ball_and_in_bounds(norm, random_start):
@@ -264,6 +286,7 @@ def test_trades_without_divergence_is_plain_training():
         ({"scheme": "backward"}, "scheme must be one of"),
         ({"method": "finite_diff"}, "Did you mean 'finite_difference'"),
         ({"penalty_fraction": 1.5}, "penalty_fraction must be a number > 0 and <= 1"),
+        ({"penalty_every": 0}, "penalty_every must be a whole number >= 1"),
         ({"penalty_fraction": 0.5, "method": "double_backprop"}, "penalty_fraction"),
     ],
 )

@@ -13,7 +13,7 @@ from tests.conftest import BACKEND, ROOT
 from tvkeras import backends, checkpoint, runs
 
 CASES = {
-    "tv_lip": {},
+    "tv_lip": {"ramp_steps": 3},
     "clipped": {"optimizer": {"global_clipnorm": 0.05}},
     "clipped by value": {"optimizer": {"clipvalue": 0.002}},
     "averaged": {"optimizer": {"use_ema": True}},
@@ -25,6 +25,7 @@ CASES = {
 # One array over all devices: these are exact under JAX, and replicas differ in them by design.
 GLOBAL_CASES = {
     "batch norm and dropout": {"batch_norm": True, "dropout": 0.3},
+    "lookahead": {"lookahead": True},
     "penalty fraction": {"defense": "fraction"},
     "several steps": {"compile_arguments": {"steps_per_execution": 2, "jit_compile": True}},
 }
@@ -106,6 +107,7 @@ def test_replicas_average_batch_norm_s_statistics_and_draw_their_own_numbers(dev
         ({"compile_arguments": {"jit_compile": True}}, "jit_compile must be False"),
         ({"compile_arguments": {"steps_per_execution": 2}}, "steps_per_execution must be 1"),
         ({"optimizer": {"use_ema": True, "ema_overwrite_frequency": 2}}, "ema_overwrite_frequency"),
+        ({"lookahead": True}, "averaging must be None"),
         ({"uneven": True}, "every batch must be a multiple of the number of devices"),
     ],
 )

@@ -210,6 +210,7 @@ class RobustClassifier(keras.Model):
         state = [values[id(variable)] for variable in buffers]
         images = self._as_images(images)
         loss_scale, strength = self.optimizer.scale_loss(1.0), self._strength(images.dtype)
+        step = ops.convert_to_tensor(self.optimizer.iterations)
 
         def call(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Any, Tensor]:
             logits, new_state, losses = self._call_twin(
@@ -231,6 +232,7 @@ class RobustClassifier(keras.Model):
                 stochastic=any("seed_generator_state" in variable.path for variable in buffers),
                 seed=self.random,
                 strength=strength,
+                step=step,
             )
             update = self.defense.update(batch)
             values[id(self.random.state)] = scope.get_current_value(self.random.state)
@@ -272,7 +274,7 @@ class RobustClassifier(keras.Model):
                 metric.update_state(update.loss, sample_weight=count)
         for name, metric in self.penalty_metrics.items():
             value = update.penalties[name]
-            lost = ops.logical_not(ops.isfinite(value))  # an overflow of float16, which is skipped
+            lost = ops.logical_not(ops.isfinite(value))  # an overflow of float16, or not measured
             weight = ops.where(lost, 0, count)
             metric.update_state(ops.where(lost, ops.zeros_like(value), value), sample_weight=weight)
         return self.compute_metrics(images, _flat_labels(labels), update.logits, sample_weight)

@@ -72,6 +72,7 @@ class TrainingBatch:
         seed: Source of the defence's own random numbers.
         strength: Factor on the defence's weights or radius, at most 1, while it is
             ramped up.
+        step: Steps that were done before.
     """
 
     call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor], Tensor]]
@@ -84,6 +85,7 @@ class TrainingBatch:
     stochastic: bool
     seed: keras.random.SeedGenerator
     strength: Tensor | float = 1.0
+    step: Tensor | int = 0
 
     def outputs(
         self, trainable: Sequence[Tensor], images: Tensor, extra: Tensor | None = None
@@ -263,12 +265,15 @@ class TVLipschitz(Defense):
         penalty_fraction: Share of each batch, drawn at random, that is penalised.
             The mean keeps its expectation, the maximum is that of the share. The
             cost is 1 + 2 penalty_fraction passes.
+        penalty_every: Penalises one step in so many, with weights so many times as large,
+            which keeps the expectation; the others are plain.
 
     Raises:
         ValueError: For an illegal argument.
 
     Reference: Finlay, Oberman & Abbasi (2019), arXiv:1808.09540; Finlay & Oberman
-    (2019), arXiv:1905.11468.
+    (2019), arXiv:1905.11468; Karras et al. (2020), arXiv:1912.04958, for
+    `penalty_every`.
     """
 
     norm: str = "l2"
@@ -278,6 +283,7 @@ class TVLipschitz(Defense):
     scheme: str = "forward"
     method: str = "finite_difference"
     penalty_fraction: float = 1.0
+    penalty_every: int = 1
 
     penalties: ClassVar[tuple[str, ...]] = ("total_variation", "lipschitz")
 
@@ -292,6 +298,7 @@ class TVLipschitz(Defense):
         checks.number(
             "penalty_fraction", self.penalty_fraction, minimum=0.0, maximum=1.0, exclusive=True
         )
+        checks.whole_number("penalty_every", self.penalty_every, minimum=1)
         if self.penalty_fraction < 1.0 and self.method == "double_backprop":
             raise ValueError(
                 "penalty_fraction must be 1 with method='double_backprop', the exact reference, "
@@ -301,10 +308,10 @@ class TVLipschitz(Defense):
     @property
     def passes(self) -> float:
         """Forward-backward passes over a batch in one step, without dropout."""
-        penalised = 3.0 if self.scheme == "central" else 2.0
+        passes = 3.0 if self.scheme == "central" else 2.0
         if self.penalty_fraction < 1.0:
-            return 1.0 + penalised * self.penalty_fraction
-        return penalised
+            passes = 1.0 + passes * self.penalty_fraction
+        return (passes + self.penalty_every - 1) / self.penalty_every
 
     def check_precision(self, compute_dtype: str) -> None:
         """Raises ValueError if rounding swamps the difference quotient.
@@ -322,9 +329,24 @@ class TVLipschitz(Defense):
 
     def update(self, batch: TrainingBatch) -> Update:
         """Gradient of the objective; the moving statistics are those of the clean pass."""
+        if self.penalty_every > 1:
+            return self._sometimes(batch)
         if self.method == "double_backprop":
             return self._double_backprop(batch)
         return self._finite_difference(batch)
+
+    def _sometimes(self, batch: TrainingBatch) -> Update:
+        """Every so many steps the penalised update, else the plain one, which measures none."""
+        always = dataclasses.replace(self, penalty_every=1)
+        batch = dataclasses.replace(batch, strength=batch.strength * self.penalty_every)
+
+        def plain() -> Update:
+            update = Undefended().update(batch)
+            unknown = ops.full_like(update.loss, math.nan)
+            return update._replace(penalties=dict.fromkeys(self.penalties, unknown))
+
+        due = ops.equal(batch.step % self.penalty_every, 0)
+        return ops.cond(due, lambda: always.update(batch), plain)
 
     def _finite_difference(self, batch: TrainingBatch) -> Update:
         tv_weight, lipschitz_weight = self._weights(batch)

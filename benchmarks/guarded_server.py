@@ -77,16 +77,21 @@ def main(_: list[str]) -> None:
         )
         requests = [next(bad if i % 10 == 9 else good) for i in range(_REQUESTS.value)]
         found: collections.Counter = collections.Counter()
-        memory = psutil.Process(process.pid).memory_info
+        usage = psutil.Process(process.pid)
         with futures.ThreadPoolExecutor(_CLIENTS.value) as pool:
             for part in range(5):
-                start = time.monotonic()
+                start, before = time.monotonic(), sum(usage.cpu_times()[:2])
                 mine = requests[part::5]
                 clients = [mine[i :: _CLIENTS.value] for i in range(_CLIENTS.value)]
                 for counts in pool.map(ask, [port] * _CLIENTS.value, clients):
                     found += counts
                 rate = len(mine) / (time.monotonic() - start)
-                print(f"{rate:6.0f} requests/s, then {memory().rss / 2**20:.1f} MiB", flush=True)
+                cost = 1000 * (sum(usage.cpu_times()[:2]) - before) / len(mine)
+                print(
+                    f"{rate:4.0f} requests/s, of the server's CPU time {cost:.1f} ms each; "
+                    f"it holds {usage.memory_info().rss / 2**20:.1f} MiB",
+                    flush=True,
+                )
     finally:
         process.terminate()
         process.wait()

@@ -5,11 +5,12 @@
 
 POST a JSON list of rows of pixels in [0, 1]; the answer is the class, or 403. The detector
 stops attacks that do not know it; its card says how often one that does evades it. What
-is no image gets another 4xx, and every refusal says why in JSON. Images that wait together
+is no image gets another 4xx, and every refusal says why in JSON. Images that come together
 share one call of the model. On the open internet, put it behind a proxy that ends TLS.
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 
@@ -26,6 +27,7 @@ from tvkeras import zoo
 from tvkeras.attacks import AttackedClassifier
 
 BATCH = 8  # images in a call of the model, always: another number would be compiled anew
+PAUSE = 0.001  # seconds in which others may join a call
 SECONDS = 5  # for a client to send its request
 BYTES_PER_PIXEL = 32  # of JSON text, at most
 
@@ -36,7 +38,6 @@ class Guard:
     def __init__(self, name: str) -> None:
         self._model, self._detector = AttackedClassifier(zoo.load(name)), zoo.detector(name)
         self.shape = self._model.classifier.input_shape[1:]
-        self._turn = asyncio.Lock()
         self._open: tuple[list[np.ndarray], asyncio.Task[list[tuple[int, bool]]]] | None = None
         self.look([np.zeros(self.shape, np.float32)])  # compiles
 
@@ -49,20 +50,22 @@ class Guard:
         return list(zip(classes.tolist(), suspected.tolist(), strict=True))
 
     async def ask(self, image: np.ndarray) -> tuple[int, bool]:
-        """What `look` says of one image, together with those that come while it waits."""
-        if self._open is None or len(self._open[0]) == BATCH:
+        """What `look` says of one image, and of those that come at the same time."""
+        if self._open is None:
             images: list[np.ndarray] = []
             self._open = images, asyncio.create_task(self._look(images))
         images, answers = self._open
         images.append(image)
         place = len(images) - 1
+        if len(images) == BATCH:
+            self._open = None
         return (await answers)[place]
 
     async def _look(self, images: list[np.ndarray]) -> list[tuple[int, bool]]:
-        async with self._turn:
-            if self._open and self._open[0] is images:
-                self._open = None
-            return await asyncio.to_thread(self.look, images)
+        await asyncio.sleep(PAUSE)
+        if self._open and self._open[0] is images:
+            self._open = None
+        return self.look(images)  # in a thread, the two would wait for one another's lock
 
 
 def parse(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
@@ -138,4 +141,5 @@ if __name__ == "__main__":
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 8000
     guarded = server(name, port)
     print(f"serving {name} on http://127.0.0.1:{port}", flush=True)
-    guarded.run()
+    with contextlib.suppress(KeyboardInterrupt):
+        guarded.run()

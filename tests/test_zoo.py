@@ -193,6 +193,35 @@ def test_a_server_that_does_not_answer_is_named(server, cache, behaviour):
     assert not kept(cache)
 
 
+@pytest.mark.parametrize("behaviour", [zoo_server.trickling, zoo_server.trickling_headers])
+def test_a_server_that_goes_on_too_slowly_is_given_up(server, cache, behaviour):
+    server.behaviour = behaviour
+    start = time.monotonic()
+    with pytest.raises(zoo.DownloadError, match=r"run\.json cannot be .* took more than 1 s"):
+        store.folder("small", "run.json")
+    assert time.monotonic() - start < 10
+    assert not kept(cache)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, pathlib.Path.mkdir])
+def test_what_is_no_file_in_the_cache_is_named(server, cache, make):
+    path = cache / "small" / "run.json"
+    path.parent.mkdir(parents=True)
+    make(path)
+    with pytest.raises(OSError, match=f"{path} must be a file"):
+        zoo.load("small")
+    assert not server.requests
+
+
+def test_what_is_no_file_in_the_checkout_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHECKOUT", tmp_path)
+    path = tmp_path / "small" / "run.json"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    with pytest.raises(checkpoint.DamagedError, match=f"{path} is not the published .* no file"):
+        zoo.load("small")
+
+
 def test_a_damaged_file_in_the_cache_is_removed_and_fetched_again(server, cache, monkeypatch):
     zoo.load("small")
     path = cache / "small" / "best.weights.h5"

@@ -84,6 +84,8 @@ def folder(name: str, *wanted: str) -> pathlib.Path:
         DownloadError: If a file is not here and cannot be fetched.
     """
     known = files(name)
+    for file in wanted:
+        checks.one_of(f"a file of zoo entry {name!r}", file, known)
     if CHECKOUT is not None and (CHECKOUT / name).is_dir():
         for file in wanted:
             _check_checkout(CHECKOUT / name / file, known[file])

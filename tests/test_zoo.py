@@ -557,6 +557,59 @@ def test_what_cannot_be_published(evaluated, checkout, tmp_path, monkeypatch):
         zoo.publish(evaluated, "digits_new")
 
 
+@pytest.fixture
+def evaluated_elsewhere(checkout, tmp_path):
+    """A run folder that somebody sent: that of a published entry."""
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "zoo" / "digits_tv_lip", run)
+    shutil.copytree(run, run / "evaluation")
+    return run
+
+
+@pytest.mark.parametrize(
+    "file", ["/etc/hostname", "../run.json", "../../secret.png", "card.json", "best.weights.h5"]
+)
+def test_files_that_are_no_figures_are_not_published(evaluated_elsewhere, checkout, file):
+    path = evaluated_elsewhere / "evaluation" / "card.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "figures": {"a": file}}))
+    (evaluated_elsewhere.parent / "secret.png").write_bytes(b"secret")
+    with pytest.raises(ValueError, match="figures must be files beside the card"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["config.gin", "evaluation/distances.png", "evaluation/examples.csv", "evaluation"]
+)
+def test_links_are_not_published(evaluated_elsewhere, checkout, file):
+    path = evaluated_elsewhere / file
+    path.rename(checkout.parent / path.name)
+    path.symlink_to(checkout.parent / path.name)
+    with pytest.raises(ValueError, match=f"must hold its files itself, and .*{file}"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+def test_pipes_are_not_published(evaluated_elsewhere, checkout):
+    (evaluated_elsewhere / "log.csv").unlink()
+    os.mkfifo(evaluated_elsewhere / "log.csv")
+    with pytest.raises(ValueError, match=r"lacks \['log\.csv'\]"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+def test_a_run_from_elsewhere_is_published_with_the_files_of_an_entry_alone(
+    evaluated_elsewhere, checkout
+):
+    (evaluated_elsewhere / "evaluation" / "more.png").write_bytes(b"")
+    link = evaluated_elsewhere.parent / "link"
+    link.symlink_to(evaluated_elsewhere)  # the folder itself may be one
+    entry = zoo.publish(link, "digits_small")
+    published = {path.name for path in (ROOT / "zoo" / "digits_tv_lip").iterdir()}
+    assert {path.name for path in entry.iterdir()} == published
+
+
 @pytest.mark.slow
 def test_publishing_that_fails_leaves_no_entry(evaluated, checkout, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_atomically", None)  # never reached

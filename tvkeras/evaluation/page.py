@@ -271,7 +271,7 @@ def _metadata(card: Card) -> list[str]:
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
     lines += ["model-index:", f"- name: {json.dumps(card.name)}", "  results:"]
     lines += ["  - task: {type: image-classification}"]
-    dataset = json.dumps(card.training["dataset"])
+    dataset = _scalar(str(card.training["dataset"]), r"\w+")
     lines += [f"    dataset: {{name: {dataset}, type: {dataset}}}"]
     lines += [
         "    metrics:",
@@ -284,16 +284,21 @@ def _metadata(card: Card) -> list[str]:
             name += " (unreliable)" if card.unreliable else ""
             lines += [
                 "    - type: robust_accuracy",
-                f"      name: {json.dumps(name)}",
+                "      name: " + _scalar(name, r"[\w ,./()]+"),
                 f"      value: {1 - error.value:.4f}",
             ]
     return [*lines, "---", ""]
 
 
+def _scalar(content: str, plain: str) -> str:
+    """A text in YAML: in quotation marks, unless it is made like `plain`."""
+    return content if re.fullmatch(plain, content) else json.dumps(content)
+
+
 def text(value: Any) -> str:
     """What a card says, on one line, without the characters that make links, HTML or code."""
     line = " ".join(str(value).split())
-    return re.sub(r"[\\`\[\]<>|~&]", lambda found: f"&#{ord(found[0])};", line)
+    return re.sub(r"[\\`\[\]<>|~*#&]", lambda found: f"&#{ord(found[0])};", line)
 
 
 def code(value: Any) -> str:

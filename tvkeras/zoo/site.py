@@ -52,23 +52,30 @@ def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
         The leaderboard, to open in a browser.
 
     Raises:
-        ValueError: For no entries.
+        ValueError: For no entries, or an unknown one.
         OSError: If `output` cannot be written.
     """
     if not names:
         raise ValueError(f"names must hold an entry of the zoo, got none of {[*store.index()]}.")
+    for name in names:
+        checks.one_of("a name", name, store.index())
     output.mkdir(parents=True, exist_ok=True)
     for file in STATIC_FILES:
         shutil.copyfile(_FOLDER / file, output / file)
     cards, damaged = [], {}
     for name in names:
         try:
-            about = _build_page(name, output / name)
+            about, entry, text = _page(name)
             leaderboard([about])
-            cards.append(about)
         except Exception as error:  # whatever is wrong with one, the others are shown
             damaged[name] = f"{type(error).__name__}: {error}"
             warnings.warn(f"zoo entry {name!r} is left out: {damaged[name]}", stacklevel=2)
+            continue
+        cards.append(about)
+        (output / name).mkdir(exist_ok=True)
+        (output / name / "index.html").write_text(text, encoding="utf-8")
+        for file in ("card.json", *about.figures.values()):
+            shutil.copyfile(entry / file, output / name / file)
     (output / "index.html").write_text(leaderboard(cards, damaged), encoding="utf-8")
     return output / "index.html"
 
@@ -84,20 +91,14 @@ def leaderboard(cards: Sequence[Card], damaged: Mapping[str, str] | None = None)
     return template.render(tables=tables(cards), cards=cards, damaged=damaged or {})
 
 
-def _build_page(name: str, output: pathlib.Path) -> Card:
-    """Writes the page of one entry, with its figures; returns its card."""
+def _page(name: str) -> tuple[Card, pathlib.Path, str]:
+    """An entry's card, the folder of its figures, and its page."""
     about = zoo.card(name)
-    if about.name != name:  # it would be shown, and linked, under that
+    if about.name != name:  # it would be linked under that
         raise ValueError(f"its card is that of {about.name!r}.")
-    files = ["card.json", *about.figures.values()]
-    entry = store.folder(name, *files)
-    output.mkdir(exist_ok=True)
-    for file in files:
-        shutil.copyfile(entry / file, output / file)
+    entry = store.folder(name, "card.json", *about.figures.values())
     template = _TEMPLATES.get_template("model.html")
-    text = template.render(card=about, body=_body(about))
-    (output / "index.html").write_text(text, encoding="utf-8")
-    return about
+    return about, entry, template.render(card=about, body=_body(about))
 
 
 def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:

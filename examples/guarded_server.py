@@ -36,36 +36,35 @@ class Guard:
     """A classifier and its detector, for images that come one by one."""
 
     def __init__(self, name: str) -> None:
-        self._model, self._detector = AttackedClassifier(zoo.load(name)), zoo.detector(name)
+        self._model = AttackedClassifier(zoo.load(name))  # keeps what is compiled
+        self._detector = zoo.detector(name)
         self.shape = self._model.classifier.input_shape[1:]
-        self._open: tuple[list[np.ndarray], asyncio.Task[list[tuple[int, bool]]]] | None = None
+        self._waiting: list[np.ndarray] = []
+        self._answers: asyncio.Task[list[tuple[int, bool]]]
         self.look([np.zeros(self.shape, np.float32)])  # compiles
 
     def look(self, images: list[np.ndarray]) -> list[tuple[int, bool]]:
         """The class of each of at most `BATCH` images, and whether it looks attacked."""
         batch = np.zeros((BATCH, *self.shape), np.float32)
         batch[: len(images)] = images
-        classes = self._model.logits(batch).argmax(axis=1)
-        suspected = self._detector.detects(self._model, batch)
-        return list(zip(classes.tolist(), suspected.tolist(), strict=True))
+        classes = self._model.logits(batch).argmax(axis=1).tolist()
+        suspected = self._detector.detects(self._model, batch).tolist()
+        return list(zip(classes, suspected, strict=True))[: len(images)]
 
     async def ask(self, image: np.ndarray) -> tuple[int, bool]:
         """What `look` says of one image, and of those that come at the same time."""
-        if self._open is None:
-            images: list[np.ndarray] = []
-            self._open = images, asyncio.create_task(self._look(images))
-        images, answers = self._open
-        images.append(image)
-        place = len(images) - 1
-        if len(images) == BATCH:
-            self._open = None
+        if not self._waiting:
+            self._answers = asyncio.create_task(self._look_at_all())
+        self._waiting.append(image)
+        place, answers = len(self._waiting) - 1, self._answers
         return (await answers)[place]
 
-    async def _look(self, images: list[np.ndarray]) -> list[tuple[int, bool]]:
+    async def _look_at_all(self) -> list[tuple[int, bool]]:
         await asyncio.sleep(PAUSE)
-        if self._open and self._open[0] is images:
-            self._open = None
-        return self.look(images)  # in a thread, the two would wait for one another's lock
+        images, self._waiting = self._waiting, []
+        parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        # Not in a thread: the two would wait for one another's lock.
+        return [answer for part in parts for answer in self.look(part)]
 
 
 def parse(body: bytes, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -341,6 +342,39 @@ def test_a_card_before_notes_is_read_and_keeps_its_page():
     older = card.Card.from_json(json.dumps({**content, "schema": 2}))
     assert older == by_hand(schema=2)
     assert page.render(older) == page.render(noted).replace("Trained briefly.\n\n", "")
+
+
+RATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 9}, "the card has schema=9"),
+        ({"seed": 1.5}, r"card\.seed must be int, got 1\.5"),
+        ({"seed": True}, r"card\.seed must be int, got True"),
+        ({"name": None}, r"card\.name must be str, got None"),
+        ({"clean_error": 0.5}, r"card\.clean_error must be Rate, got 0\.5"),
+        ({"clean_error": {**RATE, "low": "0"}}, r"card\.clean_error\.low must be float, got '0'"),
+        ({"clean_error": {"value": 0.5}}, r"card\.clean_error must have .*'low'.*got \['value'\]"),
+        ({"clean_error": {**RATE, "mean": 1}}, "card.clean_error must have .*'mean'"),
+        ({"attacks": {}}, r"card\.attacks must be tuple.*got {}"),
+        ({"audit": [{"norm": "l2"}]}, r"card\.audit\[0\] must have"),
+        ({"gradient_norms": {"loss": {"max": math.inf}}}, r"\['loss'\]\['max'\] must be float"),
+        ({"figures": {"a": "/etc/hostname"}}, "figures must be files beside .*'/etc/hostname'"),
+        ({"figures": {"a": "../roc_loss.png"}}, "figures must be files beside"),
+        ({"figures": {"a": "card.json"}}, "figures must be files beside"),
+        ({"figures": {"a": "a.png\n"}}, "figures must be files beside"),
+        ({"more": 1}, "card must have .*'more'"),
+    ],
+)
+def test_a_damaged_card_is_refused_with_what_is_wrong(changes, message):
+    text = json.dumps({**json.loads(by_hand().to_json()), **changes})
+    with pytest.raises(ValueError, match=message):
+        card.Card.from_json(text)
+    for text in ("[]", "", "null"):
+        with pytest.raises(ValueError, match=r"Expecting value|schema=None"):
+            card.Card.from_json(text)
 
 
 def test_cards_are_tabled_side_by_side():

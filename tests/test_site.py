@@ -3,11 +3,14 @@ import html
 import html.parser
 import json
 import os
+import re
 import shutil
 
 import pytest
 
+from tests.conftest import ROOT
 from tvkeras import zoo
+from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Rate
 from tvkeras.zoo import __main__ as command
 from tvkeras.zoo import site, store
@@ -40,12 +43,12 @@ class Addresses(html.parser.HTMLParser):
 
 
 def test_every_address_is_a_file_of_the_site(pages):
-    for page in pages.rglob("*.html"):
-        found = Addresses(page).found
+    for file in pages.rglob("*.html"):
+        found = Addresses(file).found
         assert len(found) >= 3
         for address in found:
-            assert (page.parent / address).resolve().is_relative_to(pages), address
-            assert (page.parent / address).is_file(), address
+            assert (file.parent / address).resolve().is_relative_to(pages), address
+            assert (file.parent / address).is_file(), address
 
 
 def test_an_entry_has_its_figures_and_how_to_load_it(pages):
@@ -119,12 +122,176 @@ def test_commands(tmp_path, capsys):
         command.main(["zoo", "site", f"--output={output / 'site.css'}"])
 
 
-def test_a_card_that_is_not_the_published_one_makes_no_page(tmp_path, monkeypatch):
-    shutil.copytree(store.CHECKOUT / "digits_tv_lip", tmp_path / "zoo" / "digits_tv_lip")
-    (tmp_path / "zoo" / "digits_tv_lip" / "distances.png").write_bytes(b"")
+# ---- Damaged and hostile entries ---------------------------------------------------------
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Replaces the card of the first of two digit classifiers, and publishes it."""
     monkeypatch.setattr(store, "CHECKOUT", tmp_path / "zoo")
-    with pytest.raises(ValueError, match=r"distances\.png is not the published file"):
+    for name in zoo.names("digits_*"):
+        shutil.copytree(ROOT / "zoo" / name, tmp_path / "zoo" / name)
+    path = tmp_path / "zoo" / "digits_tv_lip" / "card.json"
+
+    def publish(content):
+        path.write_text(content)
+        index = {name: store.index()[name] for name in zoo.names("digits_*")}
+        index["digits_tv_lip"]["files"]["card.json"] = store.File.of(content.encode())._asdict()
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        monkeypatch.setattr(store, "INDEX", tmp_path / "index.json")
+
+    publish.content = json.loads(path.read_text())
+    return publish
+
+
+CHANGES = {
+    "no JSON": (None, "JSONDecodeError"),
+    "newer": ({"schema": 9}, "reads (2, 3)"),
+    "another's": ({"name": "javascript:alert(1)//"}, "is that of"),
+    "elsewhere": ({"figures": {"a": "/etc/hostname"}}, "got '/etc/hostname'"),
+    "above": ({"figures": {"a": "../digits_undefended/distances.png"}}, "must be files beside"),
+    "no figure": ({"figures": {"a": "card.json"}}, "must be files beside"),
+    "unpublished": ({"figures": {"a": "other.png"}}, "must be one of"),
+    "no numbers": ({"clean_error": {"value": "a", "low": 0, "high": 1, "n": 3}}, "must be float"),
+    "no text": ({"dataset": ["digits"]}, "card.dataset must be str"),
+    "no radius": (
+        {"worst_case": [{"norm": "l2", "clean_error": {"value": 0, "low": 0, "high": 1, "n": 3},
+                         "error": {"<b>": {"value": 0, "low": 0, "high": 1, "n": 3}},
+                         "median_distance": None}]},
+        "fraction such as",
+    ),
+    "no model": ({"model": {}}, "KeyError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_damaged_entry_is_named_and_the_others_are_shown(copied, tmp_path, kind, capsys):
+    changes, why = CHANGES[kind]
+    copied("{" if changes is None else json.dumps({**copied.content, **changes}))
+    with pytest.warns(UserWarning, match="'digits_tv_lip' is left out: ") as warned:
+        command.main(["zoo", "site", f"--output={tmp_path / 'site'}"])
+    assert why in str(warned[0].message)
+    assert not (tmp_path / "site" / "digits_tv_lip").exists()
+    assert (tmp_path / "site" / "digits_undefended" / "index.html").is_file()
+    found = Addresses(tmp_path / "site" / "index.html").found
+    assert "digits_undefended/index.html" in found
+    assert not any("digits_tv_lip" in address for address in found)
+    text = html.unescape((tmp_path / "site" / "index.html").read_text())
+    assert "<li>digits_tv_lip: " in text
+    assert why in text
+
+
+def test_a_figure_that_is_not_the_published_one_makes_no_page(copied, tmp_path):
+    copied(json.dumps(copied.content))
+    (store.CHECKOUT / "digits_tv_lip" / "distances.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"distances\.png is not the published file"):
         site.build(["digits_tv_lip"], tmp_path / "site")
+    with pytest.raises(ValueError, match="a name must be one of"):
+        site.build(["digits"], tmp_path / "site")
+
+
+LINK = "[x](javascript:alert(1))"
+HOSTILE = [
+    LINK,
+    f"!{LINK}",
+    f"\\{LINK}",
+    f"`{LINK}",
+    f"`` ` {LINK}",
+    f"` {LINK} `",
+    f"|{LINK}|",
+    f"\n\n{LINK}",
+    f"\n```\n\n{LINK}\n\n```\n",
+    f"\r\n````\r\n\r\n{LINK}",
+    f"~~~\n{LINK}",
+    f"&#91;x](data:text/html,a) {LINK}",
+    "[x][y]\n\n[y]: javascript:alert(1)",
+    "[0, 1]: javascript:alert(1)",
+    "![x](data:image/svg+xml;base64,PHN2Zy8+)",
+    "![x](https://example.org/x.png)",
+    "](javascript:alert(1))",
+    "<javascript:alert(1)> <https://example.org> <a@example.org>",
+    "<a href=javascript:alert(1)>x</a> <img src=x onerror=alert(1)>",
+    "</code></pre></h1><script>alert(1)</script><style>*{}</style><!--",
+    "'\"><svg onload=alert(1)>",
+    "\x02wzxhzdk:0\x03 \x00",
+    "**x** # x\n# x",
+]
+
+
+def hostile(text):
+    """A card that says `text` wherever it says something, but not instead of figures."""
+
+    def filled(part):
+        if isinstance(part, dict):
+            return {name: filled(value) for name, value in part.items()}
+        if isinstance(part, list):
+            return [filled(value) for value in part]
+        return text if isinstance(part, str) else part
+
+    card = json.loads(zoo.card("digits_tv_lip").to_json())
+    filled_in = filled(card)
+    for report in filled_in["detection"]:
+        for name in ("detected", "at", "median_distance"):
+            report[name] = {text: next(iter(report[name].values()))}
+    return {
+        **filled_in,
+        "training": {**filled_in["training"], text: text},
+        "versions": {text: text},
+        "figures": {text: "distances.png"},
+        "note": text,
+    }
+
+
+def elements(text):
+    """The elements of a page, with the attributes that could do something."""
+    found = []
+
+    class Elements(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            inert = {"alt", "title", "aria-label", "data-dataset", "data-network", "data-norm"}
+            found.append((tag, *(pair for pair in attrs if pair[0] not in inert)))
+
+    Elements().feed(text)
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_a_card_says_its_pages_are_built_alike(text):
+    markdown_it = pytest.importorskip("markdown_it")
+    yaml = pytest.importorskip("yaml")
+    plain, spoilt = (site.Card.from_json(json.dumps(hostile(content))) for content in ("x", text))
+
+    def built(card):
+        readme = markdown_it.MarkdownIt("commonmark").enable("table").render(page.body(card))
+        shown = dataclasses.replace(card, name="x")  # `build` demands the entry's
+        return [*map(elements, (site._body(card), readme, site.leaderboard([shown])))]
+
+    assert built(spoilt) == built(plain)
+    metadata = yaml.safe_load(page.render(spoilt).split("\n---\n")[0].removeprefix("---"))
+    assert metadata["model-index"][0]["name"] == text
+    assert metadata["model-index"][0]["results"][0]["dataset"] == {"name": text, "type": text}
+
+
+def test_what_no_card_has_is_taken_out_of_its_page(monkeypatch):
+    text = f"{LINK} [x](//a) ![y](https://a/distances.png) ![y](x.png) ![y](distances.png)"
+    monkeypatch.setattr(page, "body", lambda _: text)
+    assert elements(site._body(zoo.card("digits_tv_lip"))) == [
+        *(("p",), ("img",), ("img",), ("img", ("src", "distances.png")))
+    ]
+
+
+def test_a_card_says_on_its_page_what_it_says():
+    card = site.Card.from_json(json.dumps(hostile("\\[*x*](y) <b> `z` | ~ # &amp;")))
+    text = re.sub("<[^>]*>", "", site._body(card))
+    assert html.unescape(text).count("\\[*x*](y) <b> `z` | ~ # &amp;") > 30
+
+
+def test_every_page_forbids_what_it_does_not_need(pages):
+    for file in pages.rglob("*.html"):
+        assert (
+            "content=\"default-src 'none'; img-src 'self'; style-src 'self'; " in file.read_text()
+        )
+        assert "style=" not in file.read_text()
+        scripts = "self" if file.parent == pages else "none"
+        assert f"script-src '{scripts}'; base-uri 'none'; form-action 'none'" in file.read_text()
 
 
 # ---- In a browser: headless Chromium, where it is installed ----------------------------
@@ -185,6 +352,20 @@ def test_figures_are_loaded_and_nothing_is_wrong(leaderboard, pages):
         leaderboard.find_element("link text", "All models").click()
         assert leaderboard.title.startswith("tvkeras zoo")
     assert leaderboard.get_log("browser") == []
+
+
+def test_a_script_that_gets_into_a_page_does_not_run(leaderboard, pages):
+    inject = """
+        const script = document.createElement("script");
+        script.textContent = "window.ran = true";
+        document.head.append(script);
+        document.body.innerHTML += "<img src=x onerror='window.ran = true'>";
+        return window.ran === true;
+    """
+    for file in ("index.html", "digits_tv_lip/index.html"):
+        leaderboard.get((pages / file).as_uri())
+        assert not leaderboard.execute_script(inject)
+        assert len(leaderboard.get_log("browser")) >= 2
 
 
 @pytest.mark.parametrize("by_keyboard", [False, True])

@@ -193,6 +193,35 @@ def test_a_server_that_does_not_answer_is_named(server, cache, behaviour):
     assert not kept(cache)
 
 
+@pytest.mark.parametrize("behaviour", [zoo_server.trickling, zoo_server.trickling_headers])
+def test_a_server_that_goes_on_too_slowly_is_given_up(server, cache, behaviour):
+    server.behaviour = behaviour
+    start = time.monotonic()
+    with pytest.raises(zoo.DownloadError, match=r"run\.json cannot be .* took more than 1 s"):
+        store.folder("small", "run.json")
+    assert time.monotonic() - start < 10
+    assert not kept(cache)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, pathlib.Path.mkdir])
+def test_what_is_no_file_in_the_cache_is_named(server, cache, make):
+    path = cache / "small" / "run.json"
+    path.parent.mkdir(parents=True)
+    make(path)
+    with pytest.raises(OSError, match=f"{path} must be a file"):
+        zoo.load("small")
+    assert not server.requests
+
+
+def test_what_is_no_file_in_the_checkout_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHECKOUT", tmp_path)
+    path = tmp_path / "small" / "run.json"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    with pytest.raises(checkpoint.DamagedError, match=f"{path} is not the published .* no file"):
+        zoo.load("small")
+
+
 def test_a_damaged_file_in_the_cache_is_removed_and_fetched_again(server, cache, monkeypatch):
     zoo.load("small")
     path = cache / "small" / "best.weights.h5"
@@ -526,6 +555,59 @@ def test_what_cannot_be_published(evaluated, checkout, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "CHECKOUT", None)
     with pytest.raises(OSError, match="in a checkout"):
         zoo.publish(evaluated, "digits_new")
+
+
+@pytest.fixture
+def evaluated_elsewhere(checkout, tmp_path):
+    """A run folder that somebody sent: that of a published entry."""
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "zoo" / "digits_tv_lip", run)
+    shutil.copytree(run, run / "evaluation")
+    return run
+
+
+@pytest.mark.parametrize(
+    "file", ["/etc/hostname", "../run.json", "../../secret.png", "card.json", "best.weights.h5"]
+)
+def test_files_that_are_no_figures_are_not_published(evaluated_elsewhere, checkout, file):
+    path = evaluated_elsewhere / "evaluation" / "card.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "figures": {"a": file}}))
+    (evaluated_elsewhere.parent / "secret.png").write_bytes(b"secret")
+    with pytest.raises(ValueError, match="figures must be files beside the card"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["config.gin", "evaluation/distances.png", "evaluation/examples.csv", "evaluation"]
+)
+def test_links_are_not_published(evaluated_elsewhere, checkout, file):
+    path = evaluated_elsewhere / file
+    path.rename(checkout.parent / path.name)
+    path.symlink_to(checkout.parent / path.name)
+    with pytest.raises(ValueError, match=f"must hold its files itself, and .*{file}"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+def test_pipes_are_not_published(evaluated_elsewhere, checkout):
+    (evaluated_elsewhere / "log.csv").unlink()
+    os.mkfifo(evaluated_elsewhere / "log.csv")
+    with pytest.raises(ValueError, match=r"lacks \['log\.csv'\]"):
+        zoo.publish(evaluated_elsewhere, "digits_small")
+    assert not checkout.exists()
+
+
+def test_a_run_from_elsewhere_is_published_with_the_files_of_an_entry_alone(
+    evaluated_elsewhere, checkout
+):
+    (evaluated_elsewhere / "evaluation" / "more.png").write_bytes(b"")
+    link = evaluated_elsewhere.parent / "link"
+    link.symlink_to(evaluated_elsewhere)  # the folder itself may be one
+    entry = zoo.publish(link, "digits_small")
+    published = {path.name for path in (ROOT / "zoo" / "digits_tv_lip").iterdir()}
+    assert {path.name for path in entry.iterdir()} == published
 
 
 @pytest.mark.slow

@@ -42,6 +42,19 @@ def stalled(handler, content):
     handler.server.ended.wait(60)
 
 
+def trickling(handler, content):
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(content[:1])
+
+
+def trickling_headers(handler, content):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(b"a")
+
+
 def endless(handler, content):
     handler.send_response(200)
     handler.end_headers()

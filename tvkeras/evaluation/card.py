@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,10 +179,13 @@ class Card:
         audit: One for each norm.
         detection: One for each statistic.
         bounds: One for each kind.
-        figures: File beside the card, by caption.
+        figures: File beside the card, by caption: "distances.png" and the like.
         versions: Of the packages.
         note: What a reader should know besides the figures, such as why they fall short.
         schema: Version of this format.
+
+    Raises:
+        ValueError: If a figure is another kind of file, or elsewhere.
     """
 
     name: str
@@ -200,6 +206,15 @@ class Card:
     note: str = ""
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        """Checks the files that are copied with the card."""
+        for file in self.figures.values():
+            if not re.fullmatch(r"[a-z0-9_]+\.png", file):
+                raise ValueError(
+                    "figures must be files beside the card, lower-case letters, digits and '_' "
+                    f"before '.png', got {file!r}."
+                )
+
     @property
     def unreliable(self) -> bool:
         """Whether the audit found that the attacks miss adversarial images."""
@@ -214,39 +229,49 @@ class Card:
         """Reads a card.
 
         Raises:
-            ValueError: If the text is of another format.
+            ValueError: If the text is of another format, or a figure elsewhere.
         """
         content = json.loads(text)
-        if content.get("schema") not in READABLE:
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema not in READABLE:
             raise ValueError(
-                f"the card has schema={content.get('schema')!r}, this tvkeras reads {READABLE}. "
+                f"the card has schema={schema!r}, this tvkeras reads {READABLE}. "
                 "Use the tvkeras that wrote it, or run the evaluation again: results of attacks "
                 "that it kept are used."
             )
-        content["clean_error"] = Rate(**content["clean_error"])
-        for report in content["audit"]:
-            report["checks"] = tuple(Check(**check) for check in report["checks"])
-        for field, kind in _PARTS.items():
-            content[field] = tuple(kind(**_rates(part)) for part in content[field])
-        return cls(**content)
+        card: Card = _read(cls, content, "card")
+        return card
 
 
-_PARTS: dict[str, Any] = {
-    "attacks": AttackReport,
-    "worst_case": WorstCase,
-    "audit": AuditReport,
-    "detection": DetectionReport,
-    "bounds": BoundReport,
-}
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """JSON's value as a type that fields of `Card` have.
 
-
-def _rates(content: Any) -> Any:
-    """JSON content with `Rate` wherever one was written."""
-    if not isinstance(content, dict):
-        return content
-    if content.keys() == {field.name for field in dataclasses.fields(Rate)}:
-        return Rate(**content)
-    return {name: _rates(value) for name, value in content.items()}
+    Raises:
+        ValueError: If it is of another; `where` is named.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # with None
+        return None if value is None else _read(arguments[0], value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], part, f"{where}[{i}]") for i, part in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {
+            name: _read(arguments[1], part, f"{where}[{name!r}]") for name, part in value.items()
+        }
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+        make: Any = kind
+        kinds = typing.get_type_hints(kind)
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        if not needed <= value.keys() <= kinds.keys():
+            raise ValueError(f"{where} must have {sorted(needed)}, got {sorted(value)}.")
+        return make(**{name: _read(kinds[name], value[name], f"{where}.{name}") for name in value})
+    if kind in (int, float):
+        if isinstance(value, int) or (kind is float and isinstance(value, float)):
+            if not isinstance(value, bool) and math.isfinite(value):
+                return value
+    elif kind is Any or (kind is str and isinstance(value, str)):
+        return value
+    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
 
 
 def attack_report(outcome: Outcome, epsilons: Sequence[float | str]) -> AttackReport:

@@ -1,8 +1,13 @@
-"""The card as a page: Markdown made of its figures."""
+"""The card as a page: Markdown made of its figures.
+
+A card may be anybody's: its texts stay texts, whatever they hold (`text`, `code`).
+"""
 
 import json
 import pathlib
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from tvkeras.evaluation.card import EVASIVE, AuditReport, Card, Rate
 
@@ -21,7 +26,7 @@ def render(card: Card) -> str:
 def body(card: Card) -> str:
     """The card as Markdown, without metadata."""
     lines = [
-        f"# {card.name}" + (": unreliable" if card.unreliable else ""),
+        f"# {text(card.name)}" + (": unreliable" if card.unreliable else ""),
         "",
         *_warning(card),
         *_introduction(card),
@@ -33,10 +38,11 @@ def body(card: Card) -> str:
         *_bounds(card),
     ]
     for caption, file in card.figures.items():
-        lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
-    lines += ["## How it was made", "", "```", card.command, "```", ""]
+        lines += [f"![{text(caption)}]({file})", "", f"*{text(caption)}*", ""]
+    fence = "`" * max(3, _longest_run(card.command) + 1)
+    lines += ["## How it was made", "", fence, card.command, fence, ""]
     about = {**card.training, **card.model, **card.versions, "seed": card.seed}
-    lines += [f"- {name}: `{value}`" for name, value in about.items()]
+    lines += [f"- {text(name)}: {code(value)}" for name, value in about.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -44,7 +50,11 @@ def _warning(card: Card) -> list[str]:
     """What an unreliable card says before anything else."""
     if not card.unreliable:
         return []
-    failed = [f"`{name}` ({report.norm})" for report in card.audit for name in report.named("fail")]
+    failed = [
+        f"{code(name)} ({text(report.norm)})"
+        for report in card.audit
+        for name in report.named("fail")
+    ]
     return [
         "> **Unreliable: quote no robust accuracy of this page.** The audit failed: "
         f"{', '.join(failed)}. The attacks miss adversarial images that exist, or cannot be "
@@ -57,20 +67,21 @@ def _introduction(card: Card) -> list[str]:
     about = card.model
     shape = about["model_arguments"].get("input_shape")
     return [
-        f"`{about['model']}`, {about['parameters']:,} parameters, trained for "
-        f"{card.training['epochs']} epochs on {card.training['dataset']} with "
-        f"`{card.training['defense']}`.",
+        f"{code(about['model'])}, {about['parameters']:,} parameters, trained for "
+        f"{text(card.training['epochs'])} epochs on {text(card.training['dataset'])} with "
+        f"{code(card.training['defense'])}.",
         "",
-        f"Input: float32 images in [0, 1]{f' of shape {tuple(shape)}' if shape else ''}; any "
-        f"normalisation is inside the model. Output: logits of {about['num_classes']} classes. "
-        "Radii (ε) and distances are in units of the pixels.",
+        f"Input: float32 images in [0, 1]{f' of shape {text(tuple(shape))}' if shape else ''}; any "
+        "normalisation is inside the model. Output: logits of "
+        f"{text(about['num_classes'])} classes. Radii (ε) and distances are in units of the "
+        "pixels.",
         "",
         f"Clean error: **{_percent(card.clean_error)} %** on {card.clean_error.n:,} images of "
-        f"{card.dataset}. Attacks meet the first of these images, as many as each table says; "
-        f"seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson intervals, for "
-        "the choice of test images alone.",
+        f"{text(card.dataset)}. Attacks meet the first of these images, as many as each table "
+        f"says; seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson "
+        "intervals, for the choice of test images alone.",
         "",
-        *([card.note, ""] if card.note else []),
+        *([text(card.note), ""] if card.note else []),
     ]
 
 
@@ -85,7 +96,12 @@ def _worst_case(card: Card) -> list[str]:
     ]
     for worst in card.worst_case:
         lines += table(
-            [worst.norm, "ε = 0", *(f"ε = {e}" for e in worst.error), "median distance", "images"],
+            [
+                text(worst.norm),
+                *(f"ε = {text(radius)}" for radius in (0, *worst.error)),
+                "median distance",
+                "images",
+            ],
             [
                 [
                     "error, %",
@@ -102,24 +118,30 @@ def _audit(card: Card) -> list[str]:
     """The verdict of each norm, a table of the checks, and advice on those that do not pass."""
     audited = [report for report in card.audit if report.checks]
     lines = ["## Can these errors be believed?", ""]
-    lines += [f"- {report.norm}: **{report.verdict}**{_counts(report)}" for report in card.audit]
+    lines += [
+        f"- {text(report.norm)}: **{text(report.verdict)}**{_counts(report)}"
+        for report in card.audit
+    ]
     lines += [""]
     if not audited:
         return lines
     surrogate = audited[0].surrogate
     lines += [
         "The audit checks classifier and attack, and compares 20-step PGD with other attacks"
-        f"{f' and with adversarial images of {surrogate}' if surrogate else ''} on the first "
+        f"{f' and with adversarial images of {text(surrogate)}' if surrogate else ''} on the first "
         f"{audited[0].images:,} images, for signs that the gradient misleads. `reliable` means "
         "that no check failed. Each figure is what the function of that name in "
         "`tvkeras.evaluation.sanity` or `tvkeras.evaluation.masking` says.",
         "",
     ]
     names = dict.fromkeys(check.name for report in audited for check in report.checks)
-    rows = [[f"`{name}`", *(_figure(report, name) for report in audited)] for name in names]
-    lines += table(["check", *(report.norm for report in audited)], rows)
+    rows = [
+        [code(name).replace("|", "\\|"), *(_figure(report, name) for report in audited)]
+        for name in names
+    ]
+    lines += table(["check", *(text(report.norm) for report in audited)], rows)
     advice = [
-        f"- `{check.name}` ({report.norm}, {check.status}): {check.advice}"
+        f"- {code(check.name)} ({text(report.norm)}, {text(check.status)}): {text(check.advice)}"
         for report in audited
         for check in report.checks
         if check.status != "pass"
@@ -137,7 +159,7 @@ def _counts(report: AuditReport) -> str:
 def _figure(report: AuditReport, name: str) -> str:
     for check in report.checks:
         if check.name == name:
-            status = "" if check.status == "pass" else f" **{check.status}**"
+            status = "" if check.status == "pass" else f" **{text(check.status)}**"
             return f"{number(check.figure)}{status}"
     return ""
 
@@ -145,9 +167,9 @@ def _figure(report: AuditReport, name: str) -> str:
 def _attacks(card: Card) -> list[str]:
     rows = [
         [
-            report.name,
-            report.norm,
-            ", ".join(f"{100 * r.value:.1f} @ {e}" for e, r in report.error.items()),
+            text(report.name),
+            text(report.norm),
+            ", ".join(f"{100 * r.value:.1f} @ {text(e)}" for e, r in report.error.items()),
             number(report.median_distance),
             f"{report.median_queries:.0f}",
             f"{next(iter(report.error.values())).n:,}",
@@ -164,7 +186,7 @@ def _attacks(card: Card) -> list[str]:
         *table(
             ["attack", "norm", "error, % @ ε", "median distance", "median queries", "images"], rows
         ),
-        *(f"- {report.name}: `{report.settings}`" for report in card.attacks),
+        *(f"- {text(report.name)}: {code(report.settings)}" for report in card.attacks),
         "",
     ]
 
@@ -186,8 +208,8 @@ def _detection(card: Card) -> list[str]:
     lines = ["## Detection by gradient norm", ""] if card.detection else []
     for report in card.detection:
         lines += [
-            f"Statistic `{report.statistic}`: images of a norm from {report.threshold:.4g} on are "
-            f"rejected, chosen on {report.held_out_images:,} held-out training images; of "
+            f"Statistic {code(report.statistic)}: images of a norm from {report.threshold:.4g} on "
+            f"are rejected, chosen on {report.held_out_images:,} held-out training images; of "
             f"{report.false_positive_rate.n:,} clean test images that is "
             f"{_percent(report.false_positive_rate)} %. The evasive attack, which knows the "
             "detector, finds a misclassified image that is not rejected for "
@@ -207,7 +229,7 @@ def _detection(card: Card) -> list[str]:
             ],
             [
                 [
-                    name,
+                    text(name),
                     _percent(found),
                     "-"
                     if name == EVASIVE
@@ -224,11 +246,11 @@ def _detection(card: Card) -> list[str]:
 def _bounds(card: Card) -> list[str]:
     rows = [
         [
-            report.kind,
-            report.norm,
+            text(report.kind),
+            text(report.norm),
             f"{report.median_radius:.3g}",
-            ", ".join(f"{100 * value:.1f} @ {e}" for e, value in report.error.items()),
-            report.assumptions,
+            ", ".join(f"{100 * value:.1f} @ {text(e)}" for e, value in report.error.items()),
+            text(report.assumptions),
         ]
         for report in card.bounds
     ]
@@ -249,9 +271,8 @@ def _metadata(card: Card) -> list[str]:
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
     lines += ["model-index:", f"- name: {json.dumps(card.name)}", "  results:"]
     lines += ["  - task: {type: image-classification}"]
-    lines += [
-        f"    dataset: {{name: {card.training['dataset']}, type: {card.training['dataset']}}}"
-    ]
+    dataset = _scalar(str(card.training["dataset"]), r"\w+")
+    lines += [f"    dataset: {{name: {dataset}, type: {dataset}}}"]
     lines += [
         "    metrics:",
         "    - type: accuracy",
@@ -260,12 +281,37 @@ def _metadata(card: Card) -> list[str]:
     for worst in card.worst_case:
         for epsilon, error in worst.error.items():
             name = f"worst case over attacks, {worst.norm} {epsilon}, first {error.n} images"
+            name += " (unreliable)" if card.unreliable else ""
             lines += [
                 "    - type: robust_accuracy",
-                f"      name: {name}{' (unreliable)' if card.unreliable else ''}",
+                "      name: " + _scalar(name, r"[\w ,./()]+"),
                 f"      value: {1 - error.value:.4f}",
             ]
     return [*lines, "---", ""]
+
+
+def _scalar(content: str, plain: str) -> str:
+    """A text in YAML: in quotation marks, unless it is made like `plain`."""
+    return content if re.fullmatch(plain, content) else json.dumps(content)
+
+
+def text(value: Any) -> str:
+    """What a card says, on one line, without the characters that make links, HTML or code."""
+    line = " ".join(str(value).split())
+    return re.sub(r"[\\`\[\]<>|~*#&]", lambda found: f"&#{ord(found[0])};", line)
+
+
+def code(value: Any) -> str:
+    """What a card says, as code that ends nowhere inside of it."""
+    line = " ".join(str(value).split()) or " "
+    ticks = "`" * (_longest_run(line) + 1)
+    space = " " if len(ticks) > 1 else ""
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def _longest_run(line: str) -> int:
+    """How many backticks follow one another."""
+    return max(map(len, re.findall("`+", line)), default=0)
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -58,7 +58,7 @@ def state_unchanged(case: Case) -> Check:
         not np.array_equal(old, ops.convert_to_numpy(new.value))
         for old, new in zip(before, variables, strict=True)
     )
-    advice = "A layer is in training mode during inference: pass its `training` argument on."
+    advice = "A layer is in training mode during inference: pass its training argument on."
     return graded("state_unchanged", changed, 0, 0, advice)
 
 

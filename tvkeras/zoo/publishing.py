@@ -32,7 +32,8 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
     Raises:
         ValueError: For an illegal name or one that exists, a run that is not finished
-            and evaluated, or a card that was measured on other weights.
+            and evaluated, files that are links, or a card that was measured on other
+            weights or names other files than figures.
         OSError: If this is no checkout, or it cannot be written.
     """
     if not re.fullmatch(r"[a-z0-9_]+", name):
@@ -84,6 +85,11 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 def _require(run: pathlib.Path, paths: list[pathlib.Path]) -> None:
     missing = sorted(str(path.relative_to(run)) for path in paths if not path.is_file())
+    linked = [
+        str(path) for path in paths if path.resolve() != run.resolve() / path.relative_to(run)
+    ]
+    if linked and not missing:
+        raise ValueError(f"run_dir must hold its files itself, and {linked} are links elsewhere.")
     if missing:
         raise ValueError(
             f"run_dir must be a finished run with its evaluation, and {run} lacks {missing}. "

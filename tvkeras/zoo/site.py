@@ -6,12 +6,14 @@ The templates are in `tvkeras/zoo/templates`; an entry's page is its card's own 
 import math
 import pathlib
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import markdown
 import markupsafe
+import nh3
 
 from tvkeras import checks, zoo
 from tvkeras.evaluation import page
@@ -20,6 +22,11 @@ from tvkeras.zoo import store
 
 STATIC_FILES = ("site.css", "site.js")
 
+# What Markdown makes of a card's page; neither links nor styles are among it.
+_TAGS = {
+    *("h1", "h2", "p", "blockquote", "ul", "li", "pre", "code", "em", "strong", "img"),
+    *("table", "thead", "tbody", "tr", "th", "td"),
+}
 _SCROLLED = '<div class="wide" role="region" aria-label="table" tabindex="0">'
 _FOLDER = pathlib.Path(__file__).with_name("templates")
 _TEMPLATES = jinja2.Environment(
@@ -34,6 +41,9 @@ _TEMPLATES = jinja2.Environment(
 def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
     """Writes the pages of some entries: a leaderboard, and a page for each.
 
+    An entry that cannot be shown, being damaged, is named in a warning and on the
+    leaderboard, and the others are shown.
+
     Args:
         names: Of entries; their cards and figures are fetched.
         output: The folder to write into; what else is in it stays.
@@ -42,38 +52,53 @@ def build(names: Sequence[str], output: pathlib.Path) -> pathlib.Path:
         The leaderboard, to open in a browser.
 
     Raises:
-        ValueError: For no entries, an unknown one, or one of a newer schema.
-        store.DownloadError: If a card or a figure is neither here nor can be downloaded.
+        ValueError: For no entries, or an unknown one.
         OSError: If `output` cannot be written.
     """
     if not names:
         raise ValueError(f"names must hold an entry of the zoo, got none of {[*store.index()]}.")
+    for name in names:
+        checks.one_of("a name", name, store.index())
     output.mkdir(parents=True, exist_ok=True)
     for file in STATIC_FILES:
         shutil.copyfile(_FOLDER / file, output / file)
-    cards = [_build_page(name, output / name) for name in names]
-    (output / "index.html").write_text(leaderboard(cards), encoding="utf-8")
+    cards, damaged = [], {}
+    for name in names:
+        try:
+            about, entry, text = _page(name)
+            leaderboard([about])
+        except Exception as error:  # whatever is wrong with one, the others are shown
+            damaged[name] = f"{type(error).__name__}: {error}"
+            warnings.warn(f"zoo entry {name!r} is left out: {damaged[name]}", stacklevel=2)
+            continue
+        cards.append(about)
+        (output / name).mkdir(exist_ok=True)
+        (output / name / "index.html").write_text(text, encoding="utf-8")
+        for file in ("card.json", *about.figures.values()):
+            shutil.copyfile(entry / file, output / name / file)
+    (output / "index.html").write_text(leaderboard(cards, damaged), encoding="utf-8")
     return output / "index.html"
 
 
-def leaderboard(cards: Sequence[Card]) -> str:
-    """The page of tables that `tables` describes, as HTML."""
+def leaderboard(cards: Sequence[Card], damaged: Mapping[str, str] | None = None) -> str:
+    """The page of tables that `tables` describes, as HTML.
+
+    Args:
+        cards: What to show.
+        damaged: What is wrong with entries that are left out, by name.
+    """
     template = _TEMPLATES.get_template("leaderboard.html")
-    return template.render(tables=tables(cards), cards=cards)
+    return template.render(tables=tables(cards), cards=cards, damaged=damaged or {})
 
 
-def _build_page(name: str, output: pathlib.Path) -> Card:
-    """Writes the page of one entry, with its figures; returns its card."""
+def _page(name: str) -> tuple[Card, pathlib.Path, str]:
+    """An entry's card, the folder of its figures, and its page."""
     about = zoo.card(name)
-    files = ["card.json", *about.figures.values()]
-    entry = store.folder(name, *files)
-    output.mkdir(exist_ok=True)
-    for file in files:
-        shutil.copyfile(entry / file, output / file)
+    if about.name != name:  # it would be linked under that
+        raise ValueError(f"its card is that of {about.name!r}.")
+    entry = store.folder(name, "card.json", *about.figures.values())
     template = _TEMPLATES.get_template("model.html")
-    text = template.render(card=about, body=_body(about))
-    (output / "index.html").write_text(text, encoding="utf-8")
-    return about
+    return about, entry, template.render(card=about, body=_body(about))
 
 
 def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -121,9 +146,18 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
 
 
 def _body(about: Card) -> markupsafe.Markup:
-    """The card's page as HTML; markup in its texts is text."""
+    """The card's page as HTML, of which its texts are none."""
     converter = markdown.Markdown(extensions=["tables", "fenced_code"])
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
-    text = converter.convert(page.body(about)).replace("<table>", f"{_SCROLLED}<table>")
-    return markupsafe.Markup(text.replace("</table>", "</table></div>"))
+    figures = about.figures.values()
+    text = nh3.clean(
+        converter.convert(page.body(about)),
+        tags=_TAGS,
+        attributes={"img": {"alt", "src"}},
+        attribute_filter=lambda _, name, value: (
+            value if name == "alt" or value in figures else None
+        ),
+    )
+    text = text.replace("<table>", f"{_SCROLLED}<table>").replace("</table>", "</table></div>")
+    return markupsafe.Markup(text)

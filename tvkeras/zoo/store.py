@@ -7,12 +7,14 @@ themselves, in its folder `zoo`. Elsewhere they are looked for in the cache
 `TVKERAS_ZOO_URL`, unless `TVKERAS_OFFLINE` is 1.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import http.client
 import json
 import os
 import pathlib
+import threading
 import urllib.parse
 import urllib.request
 import warnings
@@ -21,7 +23,8 @@ from typing import Any, NamedTuple
 from tvkeras import checkpoint, checks
 
 SCHEMA = 1
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 30  # for a server that says nothing
+SLOWEST = 10_000  # bytes a second that a whole download must reach, beyond that time
 INDEX = pathlib.Path(__file__).with_name("index.json")
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -81,6 +84,8 @@ def folder(name: str, *wanted: str) -> pathlib.Path:
         DownloadError: If a file is not here and cannot be fetched.
     """
     known = files(name)
+    for file in wanted:
+        checks.one_of(f"a file of zoo entry {name!r}", file, known)
     if CHECKOUT is not None and (CHECKOUT / name).is_dir():
         for file in wanted:
             _check_checkout(CHECKOUT / name / file, known[file])
@@ -103,7 +108,7 @@ def cache() -> pathlib.Path:
 
 
 def _check_checkout(path: pathlib.Path, expected: File) -> None:
-    found = File.of(path.read_bytes()) if path.exists() else "no file"
+    found = File.of(path.read_bytes()) if path.is_file() else "no file"
     if found != expected:
         raise checkpoint.DamagedError(
             f"{path} is not the published file: expected {expected}, found {found}. "
@@ -114,6 +119,8 @@ def _check_checkout(path: pathlib.Path, expected: File) -> None:
 def _check_cache(name: str, file: str, expected: File) -> None:
     """Leaves the published file in the cache, or none."""
     path = cache() / name / file
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} must be a file and is none (a folder, a pipe). Remove it.")
     if path.exists():
         found = File.of(path.read_bytes())
         if found == expected:
@@ -150,8 +157,7 @@ def _download(file: str, expected: File, by_hand: str) -> bytes:
         )
     url = f"{base.rstrip('/')}/{urllib.parse.quote(file)}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            content = response.read(expected.size + 1)
+        content = _read(url, expected.size + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise DownloadError(f"{url} cannot be downloaded: {error}. {by_hand}") from error
     found = File.of(content)
@@ -163,3 +169,26 @@ def _download(file: str, expected: File, by_hand: str) -> bytes:
         f"{url} is not the published file, and was not kept: expected {expected}, found {more}"
         f"{found}.{page} {by_hand}"
     )
+
+
+def _read(url: str, size: int) -> bytes:
+    """At most `size` bytes of what is at an address.
+
+    Raises:
+        OSError, ValueError, http.client.HTTPException: If it cannot be had, or not in
+            time: a server may send too little at once for time-outs of its socket.
+    """
+    future: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+
+    def read() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+                future.set_result(response.read(size))
+        except Exception as error:
+            future.set_exception(error)
+
+    seconds = TIMEOUT_SECONDS + size / SLOWEST
+    threading.Thread(target=read, daemon=True).start()  # ends with the process, if not before
+    if concurrent.futures.wait([future], seconds).not_done:
+        raise TimeoutError(f"it took more than {seconds:.0f} s")
+    return future.result()

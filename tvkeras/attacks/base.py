@@ -21,6 +21,7 @@ Logits = Callable[[Tensor], Tensor]
 ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy calls the norms
 
 _DRAWS_PER_STEP = 1024
+_KEPT = "_tvkeras_attacked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,24 @@ class AttackedClassifier:
     def of(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
         """`classifier` itself if it is made ready already, else made ready."""
         return classifier if isinstance(classifier, cls) else cls(classifier)
+
+    @classmethod
+    def kept(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
+        """As `of`, but made ready once, for what asks the same of a classifier again and again.
+
+        It lies among the classifier's attributes and lives as long as the classifier does:
+        a table of weak references would hold both for ever, since each of the two holds the
+        other. It is made anew when variables are frozen, thawed or replaced; what a layer
+        keeps outside variables, such as its activation, must stay.
+        """
+        if isinstance(classifier, cls):
+            return classifier
+        variables = (classifier.trainable_variables, classifier.non_trainable_variables)
+        state = [[id(variable) for variable in part] for part in variables]
+        found = vars(classifier).get(_KEPT)  # not by setattr, which Keras tracks
+        if found is None or found[0] != state:
+            found = vars(classifier)[_KEPT] = (state, cls(classifier))
+        return found[1]
 
     def over(
         self,

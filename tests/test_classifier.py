@@ -251,6 +251,9 @@ def test_other_misuse_is_refused():
         tvkeras.RobustClassifier(keras.Sequential([layers.Dense(4)]), DEFENSE)
     with pytest.raises(ValueError, match="Use an instance such as"):
         tvkeras.RobustClassifier(net(), TVLipschitz)
+    for augmentation in (3, "flip", tvkeras.data.Augmentation):
+        with pytest.raises(ValueError, match="augmentation must be None or an instance such as"):
+            tvkeras.RobustClassifier(net(), DEFENSE, augmentation)
     robust = tvkeras.RobustClassifier(net(), DEFENSE)
     with pytest.raises(ValueError, match="from_logits=True"):
         robust.compile(loss=keras.losses.SparseCategoricalCrossentropy())

@@ -132,11 +132,12 @@ class AttackedClassifier:
         """
         if isinstance(classifier, cls):
             return classifier
-        variables = (classifier.trainable_variables, classifier.non_trainable_variables)
+        model: Any = classifier
+        variables = (model.trainable_variables, model.non_trainable_variables)
         state = [[id(variable) for variable in part] for part in variables]
-        found = vars(classifier).get(_KEPT)  # not by setattr, which Keras tracks
+        found = vars(model).get(_KEPT)  # not by setattr, which Keras tracks
         if found is None or found[0] != state:
-            found = vars(classifier)[_KEPT] = (state, cls(classifier))
+            found = vars(model)[_KEPT] = (state, cls(model))
         return found[1]
 
     def over(

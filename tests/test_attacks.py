@@ -1,3 +1,5 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -249,6 +251,76 @@ def test_a_perturbation_outside_ball_or_bounds_is_no_success():
     model, images, labels, _ = linear()
     result = Cheating(norm="linf")(model, images, labels, epsilon=0.1)
     assert result.success.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("side", [8, 224])
+@pytest.mark.parametrize("norm", sorted(norms.DUALS))
+def test_the_ball_is_as_large_for_large_images(norm, side):
+    """Projection in float32 stays inside it; one percent more does not."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Moved(attacks.Attack):
+        fixed_epsilon = True
+        factor: float
+
+        def fools(self, model, images, labels):
+            return np.any(images != clean, axis=(1, 2, 3))
+
+        def search(self, model, images, labels, epsilon, seed):
+            radius = np.float32(self.factor * epsilon)
+            moved = images + norms.project(3 * radius * unit, self.norm, radius)
+            return keras.ops.convert_to_numpy(moved), np.ones(len(images), int)
+
+    random = np.random.default_rng(0)
+    clean = random.uniform(0.3, 0.7, (2, side, side, 3)).astype("float32")
+    unit = random.laplace(size=clean.shape).astype("float32")
+    unit /= keras.ops.convert_to_numpy(norms.length(unit, norm))[:, None, None, None]
+    model, labels = linear()[0], np.zeros(2, int)
+    for epsilon in (1e-2 if norm == "l1" else 1e-3, 8 / 255, 0.2 if norm == "linf" else 0.5):
+        for factor in (1.0, 1.01, 1.4):
+            attack = Moved(norm=norm, factor=factor)
+            result = attack(model, clean, labels, epsilon=epsilon)
+            assert result.success.all() == result.success.any() == (factor == 1)
+            if factor == 1:
+                np.testing.assert_allclose(result.distance, epsilon, rtol=5e-3)
+
+
+def test_the_classifier_itself_confirms_what_its_twin_finds(separating):
+    """Here the twin has the signs of all logits wrong."""
+    classifier, images, labels = separating
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attacks.base.backends, "fast_twin", lambda model: scaled(model, -1.0))
+        model = attacks.AttackedClassifier(classifier)
+    for attack, epsilon in (
+        (attacks.ProjectedGradient(steps=3), 0.1),
+        (attacks.FastMinimumNorm(steps=3), None),
+        (attacks.EvasiveCarliniWagner(steps=3, weights=1, threshold=1e3), None),
+    ):
+        result = attack(model, images, labels, epsilon=epsilon)
+        predicted = classifier.predict(result.x_adv, verbose=0).argmax(axis=1)
+        np.testing.assert_array_equal(predicted != labels, result.success)
+        assert not result.success.all()
+
+
+def test_a_result_says_what_it_found():
+    result = attacks.AttackResult(
+        x_adv=np.zeros((4, 1, 1, 1), "float32"),
+        success=np.array([True, True, False, True]),
+        distance=np.float32([0.5, 0, np.inf, 0.25]),
+        queries=np.array([3, 0, 3, 3]),
+    )
+    assert result.robust_accuracy == 0.25
+    assert result.median_distance == 0.375
+    assert str(result).splitlines() == [
+        "broken: 3 of 4 images",
+        "robust accuracy: 0.25",
+        "median distance: 0.375",
+    ]
+    stands = dataclasses.replace(
+        result, success=np.zeros(4, bool), distance=np.full(4, np.inf, "float32")
+    )
+    assert stands.robust_accuracy == 1
+    assert str(stands).endswith("median distance: inf")
 
 
 @pytest.mark.parametrize(

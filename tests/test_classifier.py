@@ -251,6 +251,9 @@ def test_other_misuse_is_refused():
         tvkeras.RobustClassifier(keras.Sequential([layers.Dense(4)]), DEFENSE)
     with pytest.raises(ValueError, match="Use an instance such as"):
         tvkeras.RobustClassifier(net(), TVLipschitz)
+    for augmentation in (3, "flip", tvkeras.data.Augmentation):
+        with pytest.raises(ValueError, match="augmentation must be None or an instance such as"):
+            tvkeras.RobustClassifier(net(), DEFENSE, augmentation)
     robust = tvkeras.RobustClassifier(net(), DEFENSE)
     with pytest.raises(ValueError, match="from_logits=True"):
         robust.compile(loss=keras.losses.SparseCategoricalCrossentropy())
@@ -312,6 +315,30 @@ def test_a_classifier_that_no_clone_equals_is_its_own_twin():
     x = layers.BatchNormalization()(adapted(images))
     classifier = keras.Model(images, layers.Dense(2)(layers.Flatten()(x)))
     assert backends.fast_twin(classifier) is classifier
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")
+def test_a_clone_that_is_a_little_off_is_no_twin():
+    from tvkeras import backends
+
+    class Hidden(layers.Layer):
+        factor = 1.0  # which a clone does not have from the configuration
+
+        def call(self, inputs):
+            return inputs * self.factor
+
+    for dtype, factor, same in (
+        ("float32", 1.0, True),
+        ("float32", 1.0001, False),
+        ("mixed_bfloat16", 1.0, True),
+        ("mixed_bfloat16", 1.05, False),
+    ):
+        keras.config.set_dtype_policy(dtype)
+        images, hidden = keras.Input((6, 6, 3)), Hidden()
+        hidden.factor = factor
+        x = layers.BatchNormalization()(layers.Conv2D(3, 3)(images))
+        classifier = keras.Model(images, layers.Dense(2)(layers.Flatten()(hidden(x))))
+        assert (backends.fast_twin(classifier) is not classifier) == same
 
 
 @pytest.mark.slow

@@ -187,9 +187,71 @@ def test_an_image_of_weight_zero_does_not_exist(defense):
     classifier, (images, labels) = net(), batch(8)
     weight = np.array([2.0] * 4 + [0.0] * 4)  # mean over 8 of these is the mean over 4
     weighted = update(defense, classifier, images, labels, weight=weight)
+    if isinstance(defense, TVLipschitz):  # of the maximum they are twice that over 4
+        defense = dataclasses.replace(defense, lipschitz_weight=2 * defense.lipschitz_weight)
     alone = update(defense, classifier, images[:4], labels[:4])
     assert_close(weighted.gradients, alone.gradients)
     assert_close([weighted.loss], [alone.loss])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_penalties_are_those_of_the_weighted_losses(norm, batch_norm):
+    classifier, (images, labels) = net(batch_norm=batch_norm), batch(6)
+    defense = TVLipschitz(norm=norm, lipschitz_weight=0.3)
+    x, y = (keras.ops.convert_to_tensor(array) for array in (images, labels))
+
+    def sizes(weight):
+        def loss(images):
+            logits = classifier(images, training=True)
+            losses = keras.ops.sparse_categorical_crossentropy(y, logits, from_logits=True)
+            return keras.ops.sum(losses * keras.ops.convert_to_tensor(weight)), None
+
+        (gradient,) = backends.value_and_gradient(loss, (x,))[1]
+        return arrays([norms.dual_length(gradient, norm)])[0]
+
+    def found(weight):
+        penalties = update(defense, classifier, images, labels, weight=weight).penalties
+        return [float(penalties[name]) for name in ("total_variation", "lipschitz")]
+
+    unweighted = sizes(np.ones(6))
+    largest = unweighted.argmax()
+    for small in (3.0, 1.0, 0.1, 1e-6, 1e-30):
+        weight = np.where(np.arange(6) == largest, small, 1.0)
+        expected = sizes(weight)
+        assert found(weight) == pytest.approx([expected.mean(), expected.max()], rel=1e-9)
+        if not batch_norm:
+            np.testing.assert_allclose(expected, weight * unweighted, rtol=1e-9)
+    nearly, nothing = found(weight)[1], found(np.where(weight < 1, 0.0, 1.0))[1]
+    assert nearly == pytest.approx(nothing, rel=1e-6)  # the maximum is another image's
+    assert nearly < unweighted.max()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_weights_of_one_change_no_bit(scheme, batch_norm):
+    classifier, (images, labels) = net(batch_norm=batch_norm), batch(6)
+    defense = TVLipschitz(lipschitz_weight=0.3, scheme=scheme)
+    plain = update(defense, classifier, images, labels)
+    weighted = update(defense, classifier, images, labels, weight=np.ones(6))
+    for one, other in zip(
+        arrays([*plain.gradients, plain.loss, *plain.penalties.values()]),
+        arrays([*weighted.gradients, weighted.loss, *weighted.penalties.values()]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_weighted_quotient_converges_to_the_weighted_gradient():
+    classifier, (images, labels) = net(), batch(6)
+    weight = np.array([0.0, 1e-6, 0.5, 1.0, 2.0, 3.0])
+    settings = {"tv_weight": 0.5, "lipschitz_weight": 0.3}
+    exact = TVLipschitz(method="double_backprop", **settings)
+    expected = update(exact, classifier, images, labels, weight=weight).gradients
+    for scheme, error in (("forward", 1e-3), ("central", 1e-6)):
+        quotient = TVLipschitz(scheme=scheme, fd_step=1e-3, **settings)
+        actual = update(quotient, classifier, images, labels, weight=weight).gradients
+        assert distance(actual, expected) < error
 
 
 def test_the_penalty_does_not_depend_on_how_the_batch_is_split():

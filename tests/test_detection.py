@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import json
+import weakref
 
 import keras
 import numpy as np
@@ -8,8 +10,8 @@ from keras import layers
 
 from tests.conftest import net
 from tests.test_attacks import linear, separating  # noqa: F401  (a fixture)
-from tvkeras import attacks
-from tvkeras.attacks.statistics import STATISTICS
+from tvkeras import attacks, detection
+from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 
 DUAL_ORDER = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -119,6 +121,46 @@ def test_a_misclassified_image_that_is_detected_is_no_success():
         False,
         True,
     ]
+
+
+def test_a_detector_in_service_compiles_once(monkeypatch, tmp_path):
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return gradient_norm(*arguments)
+
+    monkeypatch.setattr(detection, "gradient_norm", counted)
+    images = np.random.default_rng(0).random((4, 6, 6, 2)).astype("float32")
+    detector = GradientNormDetector(norm="l2", statistic="loss", threshold=1.0)
+    classifier = net(dtype="float32", batch_norm=True)
+    first = detector.scores(classifier, images)
+    for _ in range(3):
+        np.testing.assert_array_equal(detector.scores(classifier, images), first)
+    assert len(traced) == 1
+    classifier.set_weights([2 * weights for weights in classifier.get_weights()])
+    assert np.abs(detector.scores(classifier, images) - first).min() > 0
+    assert len(traced) == 1
+    changed = detector.scores(classifier, images)
+    classifier.layers[1].trainable = False  # moves variables from one list to the other
+    np.testing.assert_allclose(detector.scores(classifier, images), changed, rtol=1e-5)
+    assert len(traced) == 2
+    classifier.save(tmp_path / "model.keras")  # as the plain model that it is
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(detector.scores(loaded, images), changed, rtol=1e-5)
+
+
+def test_a_detector_keeps_no_classifier_alive():
+    images = np.ones((1, 4, 4, 1), "float32")
+    detector = GradientNormDetector(norm="l2", statistic="loss", threshold=1.0)
+    alive = []
+    for _ in range(3):
+        classifier = linear()[0]
+        detector.detects(classifier, images)
+        alive.append(weakref.ref(classifier))
+    del classifier
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
 
 
 def test_bad_arguments():

@@ -119,6 +119,24 @@ def test_other_versions_are_said_and_kept(tmp_path, monkeypatch):
     assert described["earlier_versions"] == [now]
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"3", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_damaged_description_names_its_file(content, tmp_path):
+    (tmp_path / "run.json").write_bytes(content)
+    (tmp_path / "best.weights.h5").write_bytes(b"")
+    for use in (lambda: runs.load(tmp_path), lambda: runs.claim(tmp_path, "", {})):
+        with pytest.raises(checkpoint.DamagedError, match=r"run\.json is damaged: .*Restore it"):
+            use()
+
+
+@pytest.mark.parametrize("entry", [{"model": 3}, {"model_arguments": 3}, {"num_classes": "ten"}])
+def test_a_description_of_no_network_names_its_file(entry, tmp_path):
+    about = {"model": "small_cnn", "num_classes": 10, "model_arguments": {"width": 4}}
+    (tmp_path / "run.json").write_text(json.dumps({**about, **entry}))
+    (tmp_path / "best.weights.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"run\.json describes no network"):
+        runs.load(tmp_path)
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     plan = run(tmp_path / "run", dry_run=True)
     assert plan["steps_per_epoch"] == 20

@@ -5,6 +5,7 @@ Names are imported on first use: `import tvkeras` loads neither Keras nor a back
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ __version__ = "0.1.0"
 # TensorFlow leaves oneDNN off on CPUs without AVX-512, where it is 1.5 times faster too
 # (BUILD.md, "Speed"). It reads the variable when it is first imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+if sys.argv[:1] == ["-m"]:  # so long as Python looks for the module of `python -m tvkeras.train`
+    from tvkeras import terminal
+
+    terminal.quiet()
 
 _HOMES = {
     "AdversarialTraining": "defenses",

@@ -1,5 +1,6 @@
 """Argument errors: every message names the argument, the value and the likely fix."""
 
+import contextlib
 import difflib
 import math
 import numbers
@@ -43,14 +44,18 @@ def number(
         ValueError: If `value` is no number, not finite or outside the interval.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and minimum <= value <= maximum:
-        if not exclusive or value > minimum:
-            return float(value)
+    try:
+        converted, shown = float(value) if is_number else math.nan, repr(value)
+    except (OverflowError, ValueError):  # beyond all floats, or of too many digits to show
+        converted, shown = math.inf, "a number too large for a float"
+    if math.isfinite(converted) and minimum <= converted <= maximum:
+        if not exclusive or converted > minimum:
+            return converted
     hint = " Remove the quotation marks." if isinstance(value, str) else ""
     low = f"{'>' if exclusive else '>='} {minimum:g}" if minimum > -math.inf else ""
     high = f"<= {maximum:g}" if maximum < math.inf else ""
     interval = " and ".join(part for part in (low, high) if part) or "finite"
-    raise ValueError(f"{argument} must be a number {interval}, got {argument}={value!r}.{hint}")
+    raise ValueError(f"{argument} must be a number {interval}, got {argument}={shown}.{hint}")
 
 
 def whole_number(argument: str, value: Any, *, minimum: int = 0) -> int:
@@ -71,13 +76,16 @@ def epsilon(value: Any, argument: str = "epsilon") -> float:
         ValueError: If it is neither, or negative.
     """
     if isinstance(value, str):
-        try:
-            value = float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        text, converted = value.replace(" ", ""), math.inf
+        with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
+            # (`Fraction` alone would write the zeros of "1e999999999" out)
+            converted = float(Fraction(text)) if "/" in text else float(text)
+        if not math.isfinite(converted):
             raise ValueError(
                 f"{argument} must be a number or a fraction such as '8/255', "
                 f"got {argument}={value!r}."
-            ) from None
+            )
+        value = converted
     return number(argument, value, minimum=0.0)
 
 

@@ -39,8 +39,9 @@ class RobustClassifier(keras.Model):
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
-        ValueError: If the classifier is unbuilt or ends in a softmax, or the
-            defence's step is too small for the classifier's precision.
+        ValueError: If the classifier is unbuilt or ends in a softmax, the augmentation
+            cannot be called, or the defence's step is too small for the classifier's
+            precision.
 
     Example:
     ```python
@@ -68,6 +69,12 @@ class RobustClassifier(keras.Model):
                 f"defense must be a tvkeras.Defense, got defense={defense!r}. "
                 "Use an instance such as tvkeras.TVLipschitz()."
             )
+        if augmentation is not None:
+            if isinstance(augmentation, type) or not callable(augmentation):
+                raise ValueError(
+                    "augmentation must be None or an instance such as tvkeras.data.Augmentation(), "
+                    f"called as augmentation(images, seed), got augmentation={augmentation!r}."
+                )
         for dtype in sorted(_compute_dtypes(classifier)):
             defense.check_precision(dtype)
         self.classifier = classifier

@@ -8,13 +8,12 @@ the clean error.
 
 import ast
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from tvkeras import checks, zoo
+from tvkeras import checks, terminal, zoo
 from tvkeras.evaluation import card, figures, page
 from tvkeras.evaluation.card import Card, Rate
 
@@ -159,8 +158,8 @@ def main(arguments: list[str]) -> None:
             draw(list(cards.values()), pathlib.Path(_FIGURE.value))
             print(f"figure: {_FIGURE.value}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        terminal.fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    terminal.run(main)

@@ -111,21 +111,16 @@ class TrainingBatch:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the batch of `values`, shape `(batch,)`, with the sample weights."""
-        if self.sample_weight is not None:
-            values = values * self.sample_weight
-        count = ops.cast(ops.shape(values)[0], values.dtype)
-        return ops.sum(values) / count  # under JAX, ops.mean rounds float64 to float32
+        return _mean(values if self.sample_weight is None else values * self.sample_weight)
 
     def maximum(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The largest of `values` among images that count, over all replicas.
+        """The largest of `values` over all replicas.
 
         Returns:
             The index of the largest one of this replica's, the global maximum, and
             the factor of a term that concerns it alone: 1, or with several replicas,
             whose gradients are averaged, their number on its owner and 0 elsewhere.
         """
-        if self.sample_weight is not None:
-            values = ops.where(self.sample_weight > 0, values, ops.zeros_like(values))
         index = ops.argmax(values)
         return index, *backends.maximum_of_replicas(ops.take(values, index))
 
@@ -142,14 +137,17 @@ class TrainingBatch:
         return value, auxiliary, gradients
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
-        """Per-example gradient of the example loss from that of the scaled mean loss."""
+        """Per-example gradient of the weighted loss w_i l_i from that of the scaled mean loss.
+
+        It stays weighted: under BatchNorm an image moves the others' losses too, with
+        their weights, and divided by a small weight of its own that share would explode.
+        0 for an image of weight 0, which does not count.
+        """
         gradient = ops.cast(gradient, self.images.dtype)
         factor = ops.cast(ops.shape(self.images)[0], gradient.dtype) / self.loss_scale
         if self.sample_weight is None:
             return gradient * factor
-        counts = self.sample_weight > 0
-        weight = ops.where(counts, self.sample_weight, 1.0)
-        factor = ops.where(counts, factor / weight, 0.0)
+        factor = ops.where(self.sample_weight > 0, factor, 0.0)
         return gradient * ops.reshape(factor, (-1,) + (1,) * (len(gradient.shape) - 1))
 
     def subset(self, fraction: float) -> "TrainingBatch":
@@ -238,7 +236,9 @@ class TVLipschitz(Defense):
     mean_i l_i + tv_weight * mean_i ||g_i||_* + lipschitz_weight * max_i ||g_i||_*
 
     where g_i is the gradient of example i's loss with respect to its image and
-    each norm is a difference quotient along the steepest direction d_i. With the
+    each norm is a difference quotient along the steepest direction d_i. With sample
+    weights w_i, the losses in all three terms are w_i l_i, and the logged sizes theirs:
+    a weight of 2 doubles an example's part of the means, and its size in the maximum. With the
     step t at which t d_i has l2 length `fd_step`, the forward scheme takes two
     forward-backward passes, because
 
@@ -362,6 +362,8 @@ class TVLipschitz(Defense):
         g = batch.input_gradient(image_gradient)
         sizes = norms.dual_length(g, self.norm)
         steepest, lipschitz, share = batch.maximum(sizes)
+        if batch.sample_weight is not None:
+            share = share * ops.take(batch.sample_weight, steepest)
         step = self._step(batch.images)
         displacement = step * norms.steepest_direction(g, self.norm)
         span = 2 * step if self.scheme == "central" else step
@@ -403,7 +405,7 @@ class TVLipschitz(Defense):
         return plain._replace(
             gradients=gradients,
             loss=plain.loss + ahead[0] - base[0],
-            penalties={"total_variation": batch.mean(sizes), "lipschitz": lipschitz},
+            penalties={"total_variation": _mean(sizes), "lipschitz": lipschitz},
         )
 
     def _double_backprop(self, batch: TrainingBatch) -> Update:
@@ -417,7 +419,7 @@ class TVLipschitz(Defense):
             _, outputs, (image_gradient,) = batch.gradient(loss, batch.images)
             sizes = norms.dual_length(batch.input_gradient(image_gradient), self.norm)
             steepest, lipschitz, share = batch.maximum(sizes)
-            penalties = {"total_variation": batch.mean(sizes), "lipschitz": lipschitz}
+            penalties = {"total_variation": _mean(sizes), "lipschitz": lipschitz}
             value = outputs.loss + tv_weight * penalties["total_variation"]
             peak = lipschitz_weight * share * ops.take(sizes, steepest)
             return value + peak, (outputs, penalties)
@@ -559,6 +561,11 @@ class TRADES(Defense):
         x_adv = _attack(self, gradient, batch, start)
         loss, clean, (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, clean.logits, clean.state)
+
+
+def _mean(values: Tensor) -> Tensor:
+    count = ops.cast(ops.shape(values)[0], values.dtype)
+    return ops.sum(values) / count  # under JAX, ops.mean rounds float64 to float32
 
 
 def _clean_pass(batch: TrainingBatch) -> tuple[Update, Tensor]:

@@ -134,6 +134,8 @@ def gradient_norms(
 ) -> np.ndarray:
     """Size of the classifier's derivative at each image, in batches of one shape.
 
+    What is compiled for it stays with the classifier: later calls compile nothing.
+
     Args:
         classifier: Maps images in [0, 1] to logits.
         images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
@@ -148,7 +150,7 @@ def gradient_norms(
     def sizes(logits: Logits, images: Any) -> tuple[Any]:
         return (gradient_norm(logits, images, norm, statistic)[0],)
 
-    model = AttackedClassifier.of(classifier)
+    model = AttackedClassifier.kept(classifier)
     key = ("gradient_norms", norm, statistic)
     return model.over(key, sizes, images, batch_size=batch_size)[0]
 

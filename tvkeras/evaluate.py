@@ -12,9 +12,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from tvkeras import attacks, bounds, checks, config, data, norms, runs, zoo
+from tvkeras import attacks, bounds, checks, config, data, norms, runs, terminal, zoo
 from tvkeras.attacks import AttackedClassifier, AttackResult
 from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
@@ -447,7 +447,7 @@ def main(_: list[str]) -> None:
             command=shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]]),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        terminal.fail(error)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on with what is in {output}/attacks.")
     for worst in result.worst_case:
@@ -460,4 +460,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    terminal.run(main)

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tvkeras import checks, data, runs, zoo
+from tvkeras import checks, data, runs, terminal, zoo
 from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector
 from tvkeras.evaluation import card
@@ -226,7 +225,7 @@ def main() -> None:
         )
         target = export(classifier, given.output, detector=detector, version=given.version)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        terminal.fail(error)
     print(f"{detector}\nexported: {target}")
 
 

@@ -98,7 +98,9 @@ def project(perturbation: Tensor, norm: str, epsilon: Any) -> Tensor:
         threshold = (ops.cumsum(descending, axis=1) - radius) / count
         support = ops.sum(ops.cast(descending > threshold, "int32"), axis=1, keepdims=True)
         cut = ops.take_along_axis(threshold, ops.maximum(support - 1, 0), axis=1)
-        shrunk = ops.sign(flat) * ops.maximum(magnitude - cut, 0.0)
+        kept = ops.maximum(magnitude - cut, 0.0)
+        size = ops.sum(kept, axis=1, keepdims=True)  # cumsum errs by 1e-3 on large images
+        shrunk = ops.sign(flat) * kept * ops.minimum(1.0, radius / ops.maximum(size, 1e-30))
         inside = ops.where(length(perturbation, norm)[:, None] <= radius, flat, shrunk)
     return _shaped(inside, perturbation)
 

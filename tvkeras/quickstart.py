@@ -4,9 +4,9 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from tvkeras import config, evaluation
+from tvkeras import config, evaluation, terminal
 from tvkeras.train import train
 
 EXPERIMENTS = {
@@ -29,7 +29,10 @@ def main(_: list[str]) -> None:
             config.bind([file])
         except config.ConfigError as error:
             sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
-        reports[name] = train_configured(run_dir=str(run_dir))  # goes on with an earlier one
+        try:
+            reports[name] = train_configured(run_dir=str(run_dir))  # goes on with an earlier one
+        except (ValueError, OSError) as error:
+            terminal.fail(error)
     figure = folder / "comparison.png"
     evaluation.error_curves(reports, figure)
     print(f"\n{_table(reports)}\n\nfigure: {figure}\nrun folders: {folder}/*")
@@ -49,4 +52,4 @@ def _table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    terminal.run(main)

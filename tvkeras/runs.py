@@ -146,6 +146,7 @@ def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
 
     Raises:
         ValueError: If the folder is no finished run of this version.
+        checkpoint.DamagedError: If its `run.json` is no JSON object.
         checkpoint.CheckpointError: As `load_weights`.
     """
     path, weights = run_dir / "run.json", run_dir / "best.weights.h5"
@@ -155,11 +156,14 @@ def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
             f"name of tvkeras.zoo.names(), got {str(run_dir)!r}. Train one: "
             f"python -m tvkeras.train --run_dir={run_dir} ..."
         )
-    about = json.loads(path.read_text())
+    about = _described(run_dir)
     missing = {"model", "model_arguments", "num_classes"} - about.keys()
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
-    classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
+    try:
+        classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no network that can be built: {error}") from error
     load_weights(classifier, weights)
     return classifier, about
 
@@ -253,9 +257,23 @@ def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
 
 
 def _described(run_dir: pathlib.Path) -> dict[str, Any]:
-    """What `run.json` says; nothing where there is none."""
+    """What `run.json` says; nothing where there is none.
+
+    Raises:
+        checkpoint.DamagedError: If it is no JSON object.
+    """
     path = run_dir / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        about, why = json.loads(path.read_bytes()), "it holds no JSON object"
+    except (ValueError, RecursionError) as error:
+        about, why = None, str(error)
+    if isinstance(about, dict):
+        return about
+    raise checkpoint.DamagedError(
+        f"{path} is damaged: {why}. Restore it, or train again in another --run_dir."
+    )
 
 
 def _binding(config: str) -> list[str]:

@@ -14,9 +14,21 @@ from typing import Any, NoReturn
 
 import keras
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, schedules, zoo
+from tvkeras import (
+    backends,
+    checks,
+    config,
+    data,
+    evaluation,
+    models,
+    norms,
+    runs,
+    schedules,
+    terminal,
+    zoo,
+)
 from tvkeras.averaging import Lookahead
 from tvkeras.classifier import RobustClassifier
 from tvkeras.defenses import Defense
@@ -307,7 +319,7 @@ def main(_: list[str]) -> None:
         run_dir = _RUN_DIR.value or f"runs/{name}"
         results = train_configured(run_dir=run_dir, dry_run=_DRY_RUN.value)
     except (ValueError, OSError, FloatingPointError, backends.PeerError) as error:
-        sys.exit(f"error: {error}")
+        terminal.fail(error)
     except TrainingInterrupt as interruption:
         command = shlex.join(["python", "-m", "tvkeras.train", *sys.argv[1:]])
         print(f"{interruption} The same command goes on:\n{command}", file=sys.stderr)
@@ -323,4 +335,4 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    terminal.run(main)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ from tvkeras import backends, checkpoint, checks, norms
 Tensor = Any
 Logits = Callable[[Tensor], Tensor]
 
+ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy calls the norms
+
 _DRAWS_PER_STEP = 1024
+_KEPT = "_tvkeras_attacked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,23 @@ class AttackResult:
     distance: np.ndarray
     queries: np.ndarray
 
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of the images that stand: classified rightly, and not broken."""
+        return 1 - float(self.success.mean())
+
+    @property
+    def median_distance(self) -> float:
+        """Median of `distance`; inf where fewer than half of the images are broken."""
+        return float(np.median(self.distance))
+
+    def __str__(self) -> str:
+        return (
+            f"broken: {self.success.sum()} of {len(self.success)} images\n"
+            f"robust accuracy: {self.robust_accuracy:.4g}\n"
+            f"median distance: {self.median_distance:.4g}"
+        )
+
 
 class AttackedClassifier:
     """A classifier in inference mode and the functions compiled for it.
@@ -54,26 +75,32 @@ class AttackedClassifier:
 
     def __init__(self, classifier: keras.Model) -> None:
         self.classifier = classifier
-        self._call = backends.fast_twin(classifier).stateless_call
+        self._twin = backends.fast_twin(classifier)
         self._generator = keras.random.SeedGenerator(0)
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    def compiled(
+        self, key: Any, function: Callable[..., Any], *, own: bool = False
+    ) -> Callable[..., Any]:
         """`function` compiled, for calls with arrays; the same one for the same `key`.
 
         Args:
             key: What the function depends on, hashable, such as an attack.
             function: Called as `function(logits, *tensors)` where `logits` maps images
                 to logits in inference mode; returns a structure of tensors.
+            own: Whether `logits` calls the classifier itself, for what must hold of it,
+                and not its faster twin, for a search.
 
         Returns:
             Maps arrays to a structure of arrays.
         """
+        key = (key, own)
         if key not in self._compiled:
+            model = self.classifier if own else self._twin
 
             def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
                 def logits(images: Tensor) -> Tensor:
-                    outputs = self._call(trainable, state, images, training=False)[0]
+                    outputs = model.stateless_call(trainable, state, images, training=False)[0]
                     return ops.cast(outputs, images.dtype)
 
                 return function(logits, *tensors)
@@ -93,6 +120,25 @@ class AttackedClassifier:
     def of(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
         """`classifier` itself if it is made ready already, else made ready."""
         return classifier if isinstance(classifier, cls) else cls(classifier)
+
+    @classmethod
+    def kept(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
+        """As `of`, but made ready once, for what asks the same of a classifier again and again.
+
+        It lies among the classifier's attributes and lives as long as the classifier does:
+        a table of weak references would hold both for ever, since each of the two holds the
+        other. It is made anew when variables are frozen, thawed or replaced; what a layer
+        keeps outside variables, such as its activation, must stay.
+        """
+        if isinstance(classifier, cls):
+            return classifier
+        model: Any = classifier
+        variables = (model.trainable_variables, model.non_trainable_variables)
+        state = [[id(variable) for variable in part] for part in variables]
+        found = vars(model).get(_KEPT)  # not by setattr, which Keras tracks
+        if found is None or found[0] != state:
+            found = vars(model)[_KEPT] = (state, cls(model))
+        return found[1]
 
     def over(
         self,
@@ -120,8 +166,8 @@ class AttackedClassifier:
         return tuple(np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits `(batch, num_classes)` of one batch of images in [0, 1]."""
-        return self.compiled("logits", lambda logits, images: logits(images))(images)
+        """The classifier's own logits `(batch, num_classes)` of one batch of images in [0, 1]."""
+        return self.compiled("logits", lambda logits, images: logits(images), own=True)(images)
 
     def randomness(self, seed: Tensor) -> "Randomness":
         """The random numbers of an attack with `seed`, a scalar tensor."""
@@ -307,12 +353,11 @@ class Attack:
         """One batch's `AttackResult`: nothing counts that the classifier does not confirm."""
         wrong = self.fools(model, images, labels)
         x_adv, queries = self.search(model, images, labels, epsilon, seed)
-        distance = ops.convert_to_numpy(norms.length(x_adv - images, self.norm))
+        distance = distances(x_adv, images, self.norm)
         found = self.fools(model, x_adv, labels)
         found &= (x_adv >= 0).all(axis=(1, 2, 3)) & (x_adv <= 1).all(axis=(1, 2, 3))
         if epsilon is not None:
-            rounding = 1e-7 * images[0].size  # of the norm, in float32
-            found &= distance <= epsilon * (1 + 1e-4) + rounding
+            found &= distance <= largest_distance(epsilon, self.norm, images[0].size)
         keep = found & ~wrong
         return {
             "x_adv": np.where(keep[:, None, None, None], x_adv, images),
@@ -367,8 +412,8 @@ def tempered(logits: Tensor, labels: Tensor) -> Tensor:
 def clearance(logits: Tensor) -> Tensor:
     """The margin that rounding cannot bridge, shape `(batch,)`: 1e-5 of the largest logit.
 
-    The classifier that confirms a success is compiled apart from the attack, and may
-    round a smaller margin the other way.
+    The classifier that confirms a success is not the twin that the attack searched with,
+    and is compiled apart: it may round a smaller margin the other way.
     """
     return 1e-5 * ops.max(ops.absolute(logits), axis=-1)
 
@@ -424,6 +469,32 @@ def equal_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return [
         np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
     ]
+
+
+def distances(x_adv: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:
+    """||x_adv - image|| of each example in float64, which rounds nothing: shape `(count,)`."""
+    pairs = zip(x_adv, images, strict=True)  # one by one: float64 copies of all would be large
+    differences = (np.subtract(one, other, dtype=np.float64).ravel() for one, other in pairs)
+    return np.array([np.linalg.norm(difference, ORDERS[norm]) for difference in differences])
+
+
+def largest_distance(epsilon: float, norm: str, size: int) -> float:
+    """How far x_adv may lie from an image if it is the float32 of a point within `epsilon`.
+
+    The radius and the projection err by 1e-4 of the radius at most. Adding the
+    perturbation to the image rounds each entry by 2^-25 or less; r = 2^-24 is allowed.
+    These roundings go up as often as down: from linf they take r, from the sum of l1 the
+    root of their number times r, twice over; to the square of l2 they add their own.
+
+    Args:
+        epsilon: Radius of the ball.
+        norm: Norm of the ball.
+        size: Number of pixel values of an image.
+    """
+    radius, r = epsilon * (1 + 1e-4), 2.0**-24
+    if norm == "l2":
+        return math.hypot(radius, r * math.sqrt(size)) + r
+    return radius + 2 * r * (math.sqrt(size) if norm == "l1" else 1)
 
 
 def as_float(images: np.ndarray) -> np.ndarray:

@@ -95,12 +95,12 @@ def loss_statistics(
 def measured(
     model: AttackedClassifier, images: np.ndarray, norm: str, statistic: str
 ) -> np.ndarray:
-    """`gradient_norm` of one batch of images in [0, 1], compiled: shape `(batch,)`."""
+    """`gradient_norm` of the classifier itself at one batch of images in [0, 1]: `(batch,)`."""
 
     def sizes(logits: Logits, images: Tensor) -> Tensor:
         return gradient_norm(logits, images, norm, statistic)[0]
 
-    return model.compiled(("gradient_norm", norm, statistic), sizes)(images)
+    return model.compiled(("gradient_norm", norm, statistic), sizes, own=True)(images)
 
 
 def _predicted_losses(logits: Tensor) -> Tensor:

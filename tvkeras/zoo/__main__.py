@@ -13,14 +13,16 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from tvkeras import zoo
+from tvkeras import terminal, zoo
 from tvkeras.evaluation.card import Rate
 from tvkeras.zoo import store
 
 
 def list_(pattern: str = "*") -> None:
     """Prints the entries."""
-    for name in zoo.names(pattern):
+    if not (found := zoo.names(pattern)):
+        raise ValueError(f"no entry matches pattern={pattern!r}; there are {zoo.names()}.")
+    for name in found:
         try:
             size = store.files(name)["best.weights.h5"].size
             print(f"{name:<32}{size / 1e6:6.1f} MB  {store.place(name)}")
@@ -117,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         given.pop("call")(**given)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        terminal.fail(error)
 
 
 def _percent(rate: Rate) -> str:

@@ -1,0 +1,90 @@
+"""What the commands print where they end in an error: one message, theirs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tvkeras import config, terminal, train
+from tvkeras.zoo import __main__ as command
+
+DIGITS = "--gin_file=gin/digits_tv_lip.gin"
+
+
+def printed(*arguments, **environment):
+    quiet = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**quiet, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tvkeras.train", "--gin_file=no.gin"], "gin file 'no.gin' does not exist"),
+        (
+            ["tvkeras.train", DIGITS, "--dry_run", "--gin_param=train.augmentation=3"],
+            "augmentation must be None or an instance",
+        ),
+        (["tvkeras.evaluate", "--model=nowhere"], "--gin_file must name the attacks"),
+        (["tvkeras.compare", "nowhere"], "name at least two evaluated models"),
+        (["tvkeras.zoo", "list", "nomatch"], "no entry matches pattern='nomatch'"),
+        (["tvkeras.export", "--model=nowhere", "--output=x"], "must be the folder of a finished"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_is_all_that_a_command_prints(arguments, message, tmp_path):
+    ended = printed(*arguments)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: ")
+    assert message in ended.stderr
+    assert "0x" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_who_asks_for_log_lines_gets_them():
+    ended = printed("tvkeras.zoo", "list", "nomatch", KERAS_BACKEND="tensorflow")
+    asked = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    assert len(printed("tvkeras.zoo", "list", "nomatch", **asked).stderr) > len(ended.stderr)
+
+
+@pytest.mark.slow
+def test_a_failed_import_is_shown_whole():
+    ended = printed("tvkeras.zoo", "list", KERAS_BACKEND="none")
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+
+
+def test_importing_a_module_sets_nothing():
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"  # as the tests set it
+    code = "import os, tvkeras.terminal; print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))"
+    quiet = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=quiet, text=True, cwd=ROOT) == "None\n"
+
+
+def test_errors_from_gin_hold_no_addresses():
+    configured = config.configurable(train.train)
+    for binding in ("train.augmentation=3", "train.defense=@sgd"):
+        config.bind(["gin/digits_tv_lip.gin"], [binding])
+        with pytest.raises(ValueError, match="must be") as caught:
+            configured(run_dir="unused", dry_run=True)
+        with pytest.raises(SystemExit, match="error: ") as ended:
+            terminal.fail(caught.value)
+        assert " at 0x" in str(caught.value)
+        assert "0x" not in str(ended.value)
+        assert "In call to configurable 'train'" in str(ended.value)
+
+
+def test_a_pattern_without_a_match_is_an_error():
+    with pytest.raises(SystemExit, match=r"error: no entry matches pattern='no\*'; there are \["):
+        command.main(["zoo", "list", "no*"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+    from tvkeras.models.head import logits
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "logits": "models.head",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "detection",
     "evaluation",
     "export",
+    "logits",
     "models",
     "norms",
     "serving",

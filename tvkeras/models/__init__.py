@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from tvkeras import checks
+from tvkeras.models.head import logits
 from tvkeras.models.resnet import resnet9, resnet50
 from tvkeras.models.resnext import resnext
 from tvkeras.models.small import small_cnn
@@ -39,4 +40,4 @@ def build(name: str, num_classes: int, **arguments: Any) -> keras.Model:
     return builder(num_classes=num_classes, **arguments)
 
 
-__all__ = ["BUILDERS", "build", "resnet9", "resnet50", "resnext", "small_cnn"]
+__all__ = ["BUILDERS", "build", "logits", "resnet9", "resnet50", "resnext", "small_cnn"]

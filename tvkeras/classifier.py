@@ -322,7 +322,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
 
     def _admitted(self, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Any, Any]:
         """Images and labels as arrays, if they pass the gate; a data set as it is."""
-        if not (hasattr(x, "__array__") or isinstance(x, list | tuple)):
+        is_array = hasattr(x, "__array__") or isinstance(x, list | tuple)
+        if y is None and x is not None and not is_array:
             return x, y
         shape = contract.image_shape(self.classifier)
         images = inputs.images(x, bounds=self.bounds, shape=shape, argument=x_name)

@@ -174,9 +174,10 @@ def _array(argument: str, value: Any) -> np.ndarray:
             f"{argument} must be an array, or what NumPy can make one of, got a "
             f"{type(value).__name__}: {error}"
         ) from error
-    if array.dtype == object:
+    if array.dtype.kind in "OSUMm":
         raise ValueError(
-            f"{argument} must be an array of numbers, got a {type(value).__name__} of objects."
+            f"{argument} must be an array of numbers, got a {type(value).__name__} of type "
+            f"{array.dtype}."
         )
     # What NumPy does not know, as JAX's and TensorFlow's bfloat16.
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
@@ -201,9 +202,9 @@ def _check_range(argument: str, array: np.ndarray, bounds: Bounds) -> None:
                 f"{bounds.high:g}."
             )
         return
+    found = "NaN" if np.isnan(low) else f"values from {low:.9g} to {high:.9g}"
     raise ValueError(
-        f"{argument} must be finite and lie in {bounds}, got values from {low:.9g} to "
-        f"{high:.9g}. {out_of_bounds_hint(bounds)}"
+        f"{argument} must be finite and lie in {bounds}, got {found}. {out_of_bounds_hint(bounds)}"
     )
 
 

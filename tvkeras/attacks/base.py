@@ -71,6 +71,7 @@ class AttackedClassifier:
         self._call = backends.fast_twin(self.classifier).stateless_call
         self._generator = keras.random.SeedGenerator(0)
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._num_classes: dict[tuple[int, ...], int] = {}
         self._checked = False
 
     def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,8 +136,11 @@ class AttackedClassifier:
         return inputs.labels(labels, len(images), self.num_classes(images))
 
     def num_classes(self, images: np.ndarray) -> int:
-        """Number of logits of such images."""
-        return contract.num_classes(self.classifier, images.shape[1:])
+        """Number of logits of such images, two or more."""
+        shape = images.shape[1:]
+        if shape not in self._num_classes:
+            self._num_classes[shape] = contract.num_classes(self.classifier, shape)
+        return self._num_classes[shape]
 
     def over(
         self,
@@ -160,6 +164,7 @@ class AttackedClassifier:
             ValueError: For images or logits that pass no gate.
         """
         images = self.images(images)
+        self.num_classes(images)
         batches = equal_batches(len(images), batch_size)
         if not self._checked:
             self.logits(as_float(images[batches[0]], self.bounds))

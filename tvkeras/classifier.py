@@ -11,7 +11,7 @@ from keras import ops
 from tvkeras import backends, checks, contract, inputs
 from tvkeras.defenses import Defense, TrainingBatch, Update
 from tvkeras.inputs import Bounds
-from tvkeras.watch import Guard, Watch
+from tvkeras.watch import Guard, Watch, named_errors
 
 Tensor = Any
 
@@ -179,7 +179,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         if hasattr(x, "begin_epoch"):
             own.append(_EpochStarter(x, initial_step))
         kwargs["callbacks"] = [*own, *keras.tree.flatten(kwargs.get("callbacks") or [])]
-        return super().fit(x, y, **kwargs)
+        with named_errors():
+            return super().fit(x, y, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Loss and metrics as `keras.Model.evaluate`, of images and labels that are checked.
@@ -196,7 +197,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # else `fit` asks
             x, y = self._admitted(x, y, "x", "y")
             kwargs["callbacks"] = [Guard(), *keras.tree.flatten(callbacks or [])]
-        return super().evaluate(x, y, **kwargs)
+        with named_errors():
+            return super().evaluate(x, y, **kwargs)
 
     def compute_metrics(
         self, x: Tensor, y: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None

@@ -87,8 +87,9 @@ def check_logits(logits: np.ndarray) -> None:
         logits: Shape `(count, num_classes)`.
 
     Raises:
-        ValueError: If they are not finite.
+        ValueError: If they are of fewer than two classes, or not finite.
     """
+    _check_output_shape(logits.shape)
     if not np.isfinite(logits).all():
         raise ValueError(
             "classifier must return finite logits, got "
@@ -122,11 +123,7 @@ def num_classes(classifier: keras.Model, shape: tuple[int, ...]) -> int:
         ValueError: If there are fewer than two, or it does not map to `(batch, logits)`.
     """
     outputs = classifier.compute_output_shape((None, *shape))
-    if not isinstance(outputs, tuple) or len(outputs) != 2 or (outputs[1] or 0) < 2:
-        raise ValueError(
-            "classifier must return logits of shape (batch, num_classes) with two classes or "
-            f"more, got {outputs}. Of one sigmoid's output z, return [0, z]."
-        )
+    _check_output_shape(outputs)
     return int(outputs[1])
 
 
@@ -146,6 +143,14 @@ def last_operation(classifier: keras.Model) -> Any:
         return classifier.outputs[0]._keras_history.operation
     except (AttributeError, IndexError, TypeError):  # no functional model: the last that it has
         return classifier.layers[-1] if classifier.layers else classifier
+
+
+def _check_output_shape(shape: Any) -> None:
+    if not isinstance(shape, tuple) or len(shape) != 2 or (shape[1] or 0) < 2:
+        raise ValueError(
+            "classifier must return logits of shape (batch, num_classes) with two classes or "
+            f"more, got {shape}. Of one sigmoid's output z, return [0, z]."
+        )
 
 
 def _inputs(classifier: keras.Model) -> list[Any]:

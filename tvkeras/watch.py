@@ -1,5 +1,8 @@
 """Looks at every batch of training and evaluation, inside the compiled step and after it."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -86,6 +89,11 @@ class Guard(keras.callbacks.Callback):
         super().__init__()
         self._steps = 0
         self._penalised = False
+        self._trains = False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Notes that evaluations are validations."""
+        self._trains = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Looks at the penalty of the first steps, and at the images now and then."""
@@ -96,8 +104,9 @@ class Guard(keras.callbacks.Callback):
             self.model.watch.check()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Looks at what was trained on before the metrics are those of an evaluation."""
-        self.model.watch.check()
+        """Looks at what was trained on before the metrics are those of a validation."""
+        if self._trains:
+            self.model.watch.check()
 
     def on_test_end(self, logs: Any = None) -> None:
         """Looks at what was evaluated."""
@@ -120,6 +129,24 @@ class Guard(keras.callbacks.Callback):
                 "for integers, rounding or stop_gradient in the classifier, for logits so large "
                 "that the loss is 0, or for sample weights of 0."
             )
+
+
+@contextlib.contextmanager
+def named_errors() -> Iterator[None]:
+    """Inside, TensorFlow's error about a label that is no class becomes a ValueError.
+
+    On a CPU its loss stops at one, before `Guard` can.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"label value of (\S+) .* valid range of \[0, (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise ValueError(
+            f"labels must be whole numbers from 0 to {int(found[2]) - 1}, the classifier's "
+            f"outputs, got {found[1]}."
+        ) from None
 
 
 def _count(legal: Tensor) -> Tensor:

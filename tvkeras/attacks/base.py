@@ -164,7 +164,6 @@ class AttackedClassifier:
             ValueError: For images or logits that pass no gate.
         """
         images = self.images(images)
-        self.num_classes(images)
         batches = equal_batches(len(images), batch_size)
         if not self._checked:
             self.logits(as_float(images[batches[0]], self.bounds))

@@ -176,8 +176,11 @@ def test_what_is_wrong_with_the_classifier_is_named(ordinary):
     audit = evaluation.audit(infinite.model, infinite.images, infinite.labels, **settings)
     assert audit.verdict == "unreliable"
     assert failures(audit) == {"finite_logits"}
-    softmax = case(ordinary, around(ordinary[0], after=[layers.Softmax()]))
+    hidden = around(ordinary[0], after=[layers.Softmax(), layers.Identity()])
+    softmax = case(ordinary, hidden)
     assert sanity.not_probabilities(softmax).figure == 1
+    audit = evaluation.audit(hidden, softmax.images, softmax.labels, **settings)
+    assert failures(audit) == {"not_probabilities"}
     assert sanity.not_probabilities(case(ordinary)).status == "pass"
 
 

@@ -241,7 +241,7 @@ def test_smoothing_of_a_linear_classifier_has_the_closed_form():
 def test_smoothing_counts_what_clopper_and_pearson_allow():
     model, images, _, _ = linear()
     weights, bias = model.get_weights()
-    model.set_weights([weights * 0, bias * 0 + np.array([1.0, 0.0], "float32")])
+    model.set_weights([weights * 0, bias * 0 + np.array([2.0, 0.0], "float32")])
     bound = bounds.smoothed_bound(model, images[:1], sigma=1.0, samples=100, alpha=0.01)
     # every draw is of class 0: the bound of p is alpha^(1/n)
     assert bound.radius[0] == pytest.approx(1.6953, abs=1e-3)  # Phi^-1(0.01^(1/100))

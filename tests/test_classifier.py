@@ -206,10 +206,10 @@ def test_a_generator_loses_no_batch_to_the_check():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: (x * 255, y), r"images must be finite and lie in \[0, 1\], got values from"),
+        (lambda x, y: (x * 255, y), r"x must be finite and lie in \[0, 1\], got values from"),
         (lambda x, y: (x - 0.5, y), "put any normalisation into the classifier"),
         (lambda x, y: (np.where(x > 0.9, np.nan, x), y), "must be finite"),
-        (lambda x, y: (x, y + 4), r"labels must lie in 0\.\.3"),
+        (lambda x, y: (x, y + 4), r"y must lie in 0\.\.3"),
     ],
 )
 def test_bad_data_is_refused_before_the_first_step(change, message):

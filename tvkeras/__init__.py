@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+    from tvkeras.models.head import logits
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "logits": "models.head",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "detection",
     "evaluation",
     "export",
+    "logits",
     "models",
     "norms",
     "serving",

@@ -17,6 +17,7 @@ from keras import layers, ops
 from tvkeras import checks, norms
 from tvkeras.attacks import AttackedClassifier
 from tvkeras.attacks.statistics import loss_statistics
+from tvkeras.inputs import as_float
 
 Tensor = Any
 
@@ -63,7 +64,8 @@ def estimated_bound(
 
     Args:
         classifier: Maps images to logits.
-        images: float32 in [0, 1], shape `(count, height, width, channels)`.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         labels: True classes, shape `(count,)`.
         norm: Norm of the perturbation: "l2", "linf" or "l1".
         batch_size: Images in a batch.
@@ -75,6 +77,7 @@ def estimated_bound(
     """
     checks.one_of("norm", norm, norms.DUALS)
     model = AttackedClassifier.of(classifier)
+    images = model.images(images)
     losses, classes, sizes = loss_statistics(model, images, labels, norm, batch_size)
     gap = np.maximum(np.log(2) - losses.astype(np.float64), 0)
     slope = float(sizes.max())
@@ -109,7 +112,8 @@ def smoothed_bound(
 
     Args:
         classifier: Maps images to logits.
-        images: float32 in [0, 1], shape `(count, height, width, channels)`.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         sigma: Standard deviation of the noise, in pixel units.
         selection_samples: Draws that choose the class.
         samples: Draws that bound its probability.
@@ -124,9 +128,12 @@ def smoothed_bound(
     """
     checks.number("sigma", sigma, minimum=0.0, exclusive=True)
     checks.number("alpha", alpha, minimum=0.0, maximum=1.0, exclusive=True)
-    for name, value in [("selection_samples", selection_samples), ("samples", samples)]:
+    sizes = {"selection_samples": selection_samples, "samples": samples, "batch_size": batch_size}
+    for name, value in sizes.items():
         checks.whole_number(name, value, minimum=1)
     model = AttackedClassifier.of(classifier)
+    images = as_float(model.images(images), model.bounds)
+    model.logits(images[:1])  # refuses other than logits
 
     def draw(logits: Any, image: Tensor, rows: Tensor, sigma: Tensor, *key: Tensor) -> Tensor:
         number, step = key
@@ -175,7 +182,8 @@ def certified_bound(
 
     Args:
         classifier: Maps images to logits.
-        images: float32 in [0, 1], shape `(count, height, width, channels)`.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         batch_size: Images in a batch.
 
     Returns:
@@ -187,7 +195,9 @@ def certified_bound(
     Reference: Tsuzuku et al. (2018), arXiv:1802.04034.
     """
     model = AttackedClassifier.of(classifier)
-    constant = lipschitz_constant(model.classifier)
+    images = model.images(images)
+    span = model.bounds.high - model.bounds.low
+    constant = span * lipschitz_constant(model.classifier)  # radii are in units of [0, 1]
     (outputs,) = model.over(
         "all logits", lambda logits, images: (logits(images),), images, batch_size=batch_size
     )

@@ -8,27 +8,32 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import backends, checks
+from tvkeras import backends, checks, contract, inputs
 from tvkeras.averaging import Lookahead
 from tvkeras.defenses import Defense, TrainingBatch, Update
+from tvkeras.inputs import Bounds
+from tvkeras.losses import SmoothedCrossentropy
+from tvkeras.watch import Guard, Watch, named_errors
 
 Tensor = Any
 
-CHECKED_IMAGES = 64
+CHECKED_IMAGES = 64  # that the classifier is asked about before it trains
 
 
 @keras.saving.register_keras_serializable("tvkeras")
-class RobustClassifier(keras.Model):
+class RobustClassifier(contract.Wrapper, keras.Model):
     """Wraps a classifier so that `fit` minimises a defence's objective.
 
     The wrapped `classifier` stays a plain Keras model: save it, serve it, load it
     without tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided
     by 255 on the way in; normalisation belongs inside the classifier, so that every
-    radius is in pixel units.
+    radius is in pixel units. A classifier with its rescaling inside, as those of
+    `keras.applications`, has bounds=(0, 255) and is given images in them; radii, steps
+    and penalties are in units of [0, 1] all the same.
 
     Args:
-        classifier: Maps images `(batch, height, width, channels)` in [0, 1] to
-            logits `(batch, num_classes)`.
+        classifier: Maps images `(batch, height, width, channels)` to logits
+            `(batch, num_classes)`.
         defense: What training minimises, such as `tvkeras.TVLipschitz()`.
         augmentation: Called as `augmentation(images, seed)` inside the compiled
             training step, such as `tvkeras.data.Augmentation()`; None for none.
@@ -36,12 +41,13 @@ class RobustClassifier(keras.Model):
         averaging: An average of the weights that training goes on from, such as
             `tvkeras.averaging.Lookahead(steps=...)`; None for none.
         ramp_steps: Steps over which the defence's weights grow linearly to their values.
+        bounds: Pixel values of black and white in the classifier's images.
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
-        ValueError: If the classifier is unbuilt or ends in a softmax, the augmentation
-            cannot be called, or the defence's step is too small for the classifier's
-            precision.
+        ValueError: If the classifier is unbuilt, takes integers, is made for images in
+            other bounds or ends in a softmax, the augmentation cannot be called, or the
+            defence's step is too small for the classifier's precision.
 
     Example:
     ```python
@@ -60,10 +66,12 @@ class RobustClassifier(keras.Model):
         seed: int = 0,
         averaging: Lookahead | None = None,
         ramp_steps: int = 0,
+        bounds: tuple[float, float] = inputs.UNIT,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_classifier(classifier)
+        self.bounds = Bounds.of(bounds)
+        contract.check(classifier, self.bounds)
         if not isinstance(defense, Defense):
             raise ValueError(
                 f"defense must be a tvkeras.Defense, got defense={defense!r}. "
@@ -88,6 +96,7 @@ class RobustClassifier(keras.Model):
             keras.Variable(ops.convert_to_numpy(v), trainable=False, dtype=v.dtype, name="average")
             for v in (_floating(classifier) if averaging else ())
         ]
+        self.watch = Watch(self.bounds)
         self._seed = seed
         self.built = True
 
@@ -133,12 +142,17 @@ class RobustClassifier(keras.Model):
 
     def call(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Logits, shape `(batch, num_classes)`."""
-        return self.classifier(self._as_images(images), training=training)
+        return self.classifier(self.bounds.native(self._as_images(images)), training=training)
 
     def fit(
         self, x: Any = None, y: Any = None, *, initial_step: int = 0, **kwargs: Any
     ) -> keras.callbacks.History:
-        """Trains as `keras.Model.fit` does, after one look at the first images.
+        """Trains as `keras.Model.fit` does, on images and labels that are checked.
+
+        Arrays are checked before the first step, those of `validation_data` too; of a
+        data set the first batch, and all others in the compiled step: bad ones among them
+        stop training within the epoch. So does a total variation that is exactly zero in
+        the first steps, where no gradient reaches the images.
 
         Before each epoch it calls `x.begin_epoch(epoch, first_batch)` where there is
         one, as `tvkeras.data.Batches` has.
@@ -151,9 +165,10 @@ class RobustClassifier(keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If those images are not finite numbers in [0, 1] (or uint8),
-                a label is out of range, or the classifier's outputs are
-                probabilities; or if `initial_step` is no such number.
+            ValueError: If images are not finite floats in the bounds (or uint8), or not
+                of the classifier's shape; labels are no classes, or not what the loss
+                wants; the classifier's outputs are probabilities; no gradient reaches the
+                images; or if `initial_step` is no such number.
         """
         partial = initial_step % self.steps_per_execution or not hasattr(x, "begin_epoch")
         if initial_step and partial:
@@ -168,15 +183,49 @@ class RobustClassifier(keras.Model):
                 f"one, got steps_per_execution={self.steps_per_execution}: the last call of an "
                 "epoch would do more steps than are left."
             )
+        x, y = self._admitted(x, y, "x", "y")
         first, x = _first_batch(x, y)
         if first is not None:
             self._check_batch(*first)
             if initial_step:  # the metrics' sums so far need variables to be assigned to
                 self.compute_metrics(first[0], first[1], self(first[0]), None)
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, tuple | list) and len(validation) > 1:
+            images, labels = validation[:2]
+            names = "validation_data[0]", "validation_data[1]"
+            admitted = self._admitted(images, labels, *names)
+            kwargs["validation_data"] = (*admitted, *validation[2:])
+        own: list[keras.callbacks.Callback] = [Guard()]
         if hasattr(x, "begin_epoch"):
-            begin = _EpochStarter(x, initial_step)
-            kwargs["callbacks"] = [begin, *keras.tree.flatten(kwargs.get("callbacks") or [])]
-        return super().fit(x, y, **kwargs)
+            own.append(_EpochStarter(x, initial_step))
+        kwargs["callbacks"] = [*own, *keras.tree.flatten(kwargs.get("callbacks") or [])]
+        with named_errors():
+            return super().fit(x, y, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+        """Loss and metrics as `keras.Model.evaluate`, of images and labels that are checked.
+
+        Args:
+            x: As in Keras.
+            y: As in Keras.
+            **kwargs: As in Keras.
+
+        Raises:
+            ValueError: As `fit`, of images and labels.
+        """
+        callbacks = kwargs.get("callbacks")
+        if not isinstance(callbacks, keras.callbacks.CallbackList):  # else `fit` asks
+            x, y = self._admitted(x, y, "x", "y")
+            kwargs["callbacks"] = [Guard(), *keras.tree.flatten(callbacks or [])]
+        with named_errors():
+            return super().evaluate(x, y, **kwargs)
+
+    def compute_metrics(
+        self, x: Tensor, y: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Keras's own, after a look at the images and labels of the step."""
+        self.watch.update_state(x, y, y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def train_step(self, *arguments: Any) -> Any:
         """One optimizer step, in the form that the backend's trainer calls."""
@@ -220,8 +269,9 @@ class RobustClassifier(keras.Model):
         step = ops.convert_to_tensor(self.optimizer.iterations)
 
         def call(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Any, Tensor]:
+            native = self.bounds.native(images)
             logits, new_state, losses = self._call_twin(
-                trainable, state, images, training=True, return_losses=True
+                trainable, state, native, training=True, return_losses=True
             )
             return logits, new_state, sum(losses) if losses else 0.0
 
@@ -297,6 +347,7 @@ class RobustClassifier(keras.Model):
             "averaging": self.averaging and serialize(self.averaging),
             "ramp_steps": self.ramp_steps,
             "seed": self._seed,
+            "bounds": list(self.bounds),
         }
 
     @classmethod
@@ -321,29 +372,31 @@ class RobustClassifier(keras.Model):
         return ops.minimum((ops.cast(self.optimizer.iterations, dtype) + 1) / self.ramp_steps, 1.0)
 
     def _as_images(self, images: Tensor) -> Tensor:
-        if keras.backend.standardize_dtype(images.dtype) == "uint8":
-            return ops.cast(images, self.variable_dtype) / 255
-        return ops.cast(images, self.variable_dtype)
+        """Images in [0, 1], in the precision of the weights."""
+        dtype = keras.backend.standardize_dtype(images.dtype)
+        inputs.check_dtype(dtype, self.bounds)
+        images = ops.cast(images, self.variable_dtype)
+        return images / 255 if dtype == "uint8" else self.bounds.unit(images)
+
+    def _admitted(self, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Any, Any]:
+        """Images and labels as arrays, if they pass the gate; a data set as it is."""
+        is_array = hasattr(x, "__array__") or isinstance(x, list | tuple)
+        if y is None and x is not None and not is_array:
+            return x, y
+        shape = contract.image_shape(self.classifier)
+        images = inputs.images(x, bounds=self.bounds, shape=shape, argument=x_name)
+        if y is None:
+            raise ValueError(f"{y_name} must hold the labels of the images in {x_name}, got None.")
+        check = inputs.soft_labels if _wants_rows(self.loss, y) else inputs.labels
+        num_classes = contract.num_classes(self.classifier, images.shape[1:])
+        return images, check(y, len(images), num_classes, y_name)
 
     def _check_batch(self, images: Any, labels: Any) -> None:
-        images, labels = np.asarray(images), np.asarray(labels)
-        low, high = float(images.min()), float(images.max())
-        if images.dtype != np.uint8 and not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"images must be finite and lie in [0, 1], got values from {low:g} to {high:g}. "
-                "Divide 0-255 images by 255 (or pass them as uint8), and put any normalisation "
-                "into the classifier as a layer."
-            )
-        outputs = self(images, training=False)
-        logits = ops.convert_to_numpy(outputs).astype("float64")
-        if logits.min() >= 0 and np.allclose(logits.sum(axis=-1), 1, atol=1e-2):
-            raise ValueError(_PROBABILITIES.format("the classifier's outputs are probabilities"))
-        if np.issubdtype(labels.dtype, np.integer) and labels.size == len(images):
-            if labels.min() < 0 or labels.max() >= logits.shape[-1]:
-                raise ValueError(
-                    f"labels must lie in 0..{logits.shape[-1] - 1} (the classifier has "
-                    f"{logits.shape[-1]} outputs), got {labels.min()} to {labels.max()}."
-                )
+        """Checks a first batch, and what the classifier says of it."""
+        images, _ = self._admitted(np.asarray(images), np.asarray(labels), "images", "labels")
+        outputs = ops.convert_to_numpy(self(images, training=False))
+        if contract.are_probabilities(outputs):
+            raise contract.probabilities_error()
 
 
 class _EpochStarter(keras.callbacks.Callback):
@@ -374,26 +427,6 @@ class _EpochStarter(keras.callbacks.Callback):
         model.train_function = skipping
 
 
-_PROBABILITIES = (
-    "classifier must return logits, but {}. Drop the final softmax or sigmoid "
-    "(activation=None): the loss applies it."
-)
-
-
-def _check_classifier(classifier: Any) -> None:
-    if not isinstance(classifier, keras.Model) or not classifier.built:
-        raise ValueError(
-            f"classifier must be a built keras.Model, got classifier={classifier!r}. "
-            "Give it an Input layer, or call it once on a batch."
-        )
-    last = classifier.layers[-1]
-    activation = getattr(getattr(last, "activation", None), "__name__", "")
-    if isinstance(last, keras.layers.Softmax):
-        activation = "softmax"
-    if activation in ("softmax", "sigmoid"):
-        raise ValueError(_PROBABILITIES.format(f"its last layer {last.name!r} is a {activation}"))
-
-
 def _compute_dtypes(model: Any) -> set[str]:
     """Names of the precisions that a model's layers compute in, nested ones too."""
     nested = (_compute_dtypes(layer) for layer in model.layers if hasattr(layer, "layers"))
@@ -403,6 +436,17 @@ def _compute_dtypes(model: Any) -> set[str]:
 def _floating(classifier: keras.Model) -> list[keras.Variable]:
     """A classifier's variables that can be averaged: all but the seeds' states."""
     return [v for v in classifier.variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def _wants_rows(loss: Any, labels: Any) -> bool:
+    """Whether a loss takes rows of class weights; one of which that is not known, these labels."""
+    losses = keras.losses
+    if isinstance(loss, losses.CategoricalCrossentropy | losses.CategoricalFocalCrossentropy):
+        return True
+    if isinstance(loss, losses.SparseCategoricalCrossentropy | SmoothedCrossentropy):
+        return False
+    shape = np.shape(labels)
+    return len(shape) == 2 and shape[1] > 1
 
 
 def _flat_labels(labels: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class GradientNormDetector:
         probability j / (n + 1), over the draw of all, where scores do not tie.
 
         Args:
-            classifier: Maps images in [0, 1] to logits.
+            classifier: Maps images to logits.
             clean_images: Images that neither trained the classifier nor will test it.
             false_positive_rate: Share of clean images to reject, in (0, 1).
             norm: Threat norm, whose dual measures the gradients.
@@ -77,13 +77,15 @@ class GradientNormDetector:
                 that vanish on so many that no threshold exists.
         """
         rate = checks.number("false_positive_rate", false_positive_rate, minimum=0.0, maximum=1.0)
+        model = AttackedClassifier.of(classifier)
+        clean_images = model.images(clean_images, "clean_images")
         rank = int(rate * (len(clean_images) + 1))
         if not 1 <= rank <= len(clean_images):
             raise ValueError(
                 "false_positive_rate (n + 1) must lie between 1 and n for n clean images, got "
                 f"false_positive_rate={rate} and n={len(clean_images)}. Use more images."
             )
-        scores = gradient_norms(classifier, clean_images, norm, statistic, batch_size)
+        scores = gradient_norms(model, clean_images, norm, statistic, batch_size)
         threshold = float(np.sort(scores)[-rank])
         if threshold == 0:
             raise ValueError(
@@ -137,15 +139,22 @@ def gradient_norms(
     What is compiled for it stays with the classifier: later calls compile nothing.
 
     Args:
-        classifier: Maps images in [0, 1] to logits.
-        images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
+        classifier: Maps images to logits.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         norm: Threat norm, whose dual measures the gradients.
         statistic: "loss" or "model".
         batch_size: Images in a batch, at most.
 
     Returns:
         float32, shape `(count,)`.
+
+    Raises:
+        ValueError: For an illegal argument, images that are none of the classifier's, or a
+            classifier of other than logits.
     """
+    checks.one_of("norm", norm, norms.DUALS)
+    checks.one_of("statistic", statistic, STATISTICS)
 
     def sizes(logits: Logits, images: Any) -> tuple[Any]:
         return (gradient_norm(logits, images, norm, statistic)[0],)

@@ -16,11 +16,11 @@ from absl import flags
 
 from tvkeras import attacks, bounds, checks, config, data, norms, runs, terminal, zoo
 from tvkeras.attacks import AttackedClassifier, AttackResult
-from tvkeras.attacks.base import as_float
 from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 from tvkeras.evaluation import audit, card, figures, page, suite
 from tvkeras.evaluation.case import ORDERS
+from tvkeras.inputs import as_float
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
 SHOWN_EXAMPLES = 6

@@ -15,10 +15,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tvkeras import checks, data, runs, terminal, zoo
+from tvkeras import checks, contract, data, runs, terminal, zoo
 from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector
 from tvkeras.evaluation import card
+from tvkeras.inputs import Bounds
 
 Tensor = Any
 
@@ -29,6 +30,7 @@ def export(
     *,
     detector: GradientNormDetector | None = None,
     version: int | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel into `output/VERSION`; the folder appears whole or not at all.
 
@@ -42,32 +44,36 @@ def export(
     - `predict`: float32 in [0, 1] -> `logits` alone, without the gradient's cost.
 
     Images of another shape or outside [0, 1], NaN and empty batches fail with
-    INVALID_ARGUMENT. Without a detector its two outputs do not exist: a constant
+    INVALID_ARGUMENT. A client never needs the classifier's own bounds: images are mapped
+    to them in the graph. Without a detector its two outputs do not exist: a constant
     "not suspected" would be a verdict that nobody measured.
 
     Args:
-        classifier: Maps images in [0, 1] to logits.
+        classifier: Maps images to logits.
         output: Folder of the model's versions; its name is usually the model's.
         detector: Fitted on this classifier. Its threshold becomes part of the graph.
         version: Number of the version; default: the next free one.
+        bounds: Of the classifier's own images, such as (0, 255); by default [0, 1], or
+            those of a `RobustClassifier`.
 
     Returns:
         The version's folder.
 
     Raises:
-        ValueError: For an illegal argument, an existing version, or a backend other
-            than TensorFlow.
+        ValueError: For an illegal argument, a classifier of other than logits, an existing
+            version, or a backend other than TensorFlow.
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             f"export needs the TensorFlow backend, got {keras.backend.backend()!r}. Weights are "
             "the same on both: load them under KERAS_BACKEND=tensorflow."
         )
-    shape = getattr(classifier, "input_shape", None)
-    if not isinstance(shape, tuple) or len(shape) != 4:
+    classifier, own_bounds = contract.unwrapped(classifier, bounds)
+    shape = contract.image_shape(classifier)
+    if shape is None:
         raise ValueError(
             "classifier must be a Keras model of one input (batch, height, width, channels), got "
-            f"input_shape={shape!r}. Of a RobustClassifier, export its `classifier`."
+            f"input_shape={getattr(classifier, 'input_shape', None)!r}."
         )
     folder = pathlib.Path(output)
     if version is None:
@@ -79,8 +85,8 @@ def export(
 
     archive = keras.export.ExportArchive()
     archive.track(classifier)
-    for name, (function, dtype) in _signatures(classifier, detector).items():
-        images = tf.TensorSpec(shape, dtype, name="images")
+    for name, (function, dtype) in _signatures(classifier, detector, own_bounds).items():
+        images = tf.TensorSpec((None, *shape), dtype, name="images")
         archive.add_endpoint(name, function, input_signature=[images])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as staging:
@@ -91,13 +97,13 @@ def export(
 
 
 def _signatures(
-    classifier: keras.Model, detector: GradientNormDetector | None
+    classifier: keras.Model, detector: GradientNormDetector | None, bounds: Bounds
 ) -> Mapping[str, tuple[Callable[[Tensor], Mapping[str, Tensor]], tf.DType]]:
     """Function and type of the images, by signature."""
     shape = classifier.input_shape
 
     def logits(images: Tensor) -> Tensor:
-        return tf.cast(classifier(images, training=False), tf.float32)
+        return tf.cast(classifier(bounds.native(images), training=False), tf.float32)
 
     def classify(images: Tensor) -> dict[str, Tensor]:
         detected = {}

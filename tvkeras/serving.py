@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tvkeras import checks
+from tvkeras import checks, inputs
 
 FIRST_PAUSE = 0.1  # seconds before the second attempt; doubles after each
 DTYPES = {
@@ -175,22 +175,8 @@ def _checked(images: np.ndarray) -> np.ndarray:
     Servers check again; but one that batches refuses all requests that it joined to a
     bad one.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            "images must have the shape (count, height, width, channels) with at least one image, "
-            f"got {images.shape}. A single one is images[None]."
-        )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images must be float in [0, 1] or uint8, got {images.dtype}.")
-    if not ((images >= 0) & (images <= 1)).all():  # NaN is not
-        raise ValueError(
-            f"images must lie in [0, 1] and hold no NaN, got values from {images.min()} to "
-            f"{images.max()}. Divide 8-bit pixels by 255, or pass them as uint8."
-        )
-    return images.astype(np.float32)
+    images = inputs.images(images)
+    return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 
 # ---- Transports ------------------------------------------------------------------------

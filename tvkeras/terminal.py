@@ -38,7 +38,9 @@ def quiet() -> None:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Absl's `app.run`, which shows log lines from warnings on; `--verbosity=0` shows all."""
     flags.FLAGS["verbosity"].value = logging.WARNING
-    flags.FLAGS["verbosity"].using_default_value = False  # absl takes INFO where nothing was set before
+    flags.FLAGS[
+        "verbosity"
+    ].using_default_value = False  # absl takes INFO where nothing was set before
     app.run(main)
 
 

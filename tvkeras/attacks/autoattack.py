@@ -97,9 +97,9 @@ class AutoAttack(Attack):
         """
         self._radius(epsilon)
         model = AttackedClassifier.of(classifier)
-        num_classes = model.classifier.compute_output_shape((None, *images.shape[1:]))[-1]
-        version, members = self.members(num_classes)
-        labels = np.asarray(labels)
+        images = model.images(images)
+        labels = model.labels(labels, images)
+        version, members = self.members(model.num_classes(images))
         broken_by = np.full(len(labels), "", "<U16")
         found: dict[str, np.ndarray] = {}
         rows = np.arange(len(labels))

@@ -1,6 +1,7 @@
 """The attack protocol: classifier, images and labels in, an `AttackResult` out."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import math
@@ -13,7 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import backends, checkpoint, checks, norms
+from tvkeras import backends, checkpoint, checks, contract, inputs, norms
+from tvkeras.inputs import UNIT, as_float
 
 Tensor = Any
 Logits = Callable[[Tensor], Tensor]
@@ -29,12 +31,13 @@ class AttackResult:
     """What an attack found, example by example.
 
     Attributes:
-        x_adv: float32, shape `(count, height, width, channels)`; the image itself
-            where the attack failed or the image was misclassified to begin with.
+        x_adv: float32, in the classifier's bounds, shape `(count, height, width,
+            channels)`; the image itself where the attack failed or the image was
+            misclassified to begin with.
         success: bool `(count,)`: whether the classifier, asked again, misclassifies
-            `x_adv`, which lies in [0, 1] and, for a fixed epsilon, within it.
-        distance: float32 `(count,)`: ||x_adv - image|| in the threat norm; inf where
-            the attack failed.
+            `x_adv`, which lies in its bounds and, for a fixed epsilon, within it.
+        distance: float32 `(count,)`: ||x_adv - image|| in the threat norm, in units of
+            [0, 1]; inf where the attack failed.
         queries: int64 `(count,)`: model calls made for the example, a forward and its
             backward pass counted as one; 0 where the image was misclassified.
     """
@@ -69,15 +72,28 @@ class AttackedClassifier:
     each attack is then compiled once for each shape of batch. Weights that change
     later are followed.
 
+    A classifier with its rescaling inside has bounds=(0, 255): attacks, detection,
+    bounds and audit are then given images in those bounds, and return such. Radii,
+    steps and distances are in units of [0, 1] all the same, for what is compiled
+    (`compiled`, `logits`) sees images in [0, 1] alone; they are mapped in there.
+
     Args:
-        classifier: Maps images in [0, 1] to logits.
+        classifier: Maps images to logits.
+        bounds: Of its images; by default [0, 1], or those of a `RobustClassifier`.
+
+    Raises:
+        ValueError: If the classifier is unbuilt, takes integers, is made for images in
+            other bounds, or ends in a softmax.
     """
 
-    def __init__(self, classifier: keras.Model) -> None:
-        self.classifier = classifier
-        self._twin = backends.fast_twin(classifier)
+    def __init__(self, classifier: keras.Model, bounds: tuple[float, float] | None = None) -> None:
+        self.classifier, self.own_bounds = contract.unwrapped(classifier, bounds)
+        self.bounds = self.own_bounds  # of the images given, other than in `unit`
+        self._twin = backends.fast_twin(self.classifier)
         self._generator = keras.random.SeedGenerator(0)
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._num_classes: dict[tuple[int, ...], int] = {}
+        self._checked = False
 
     def compiled(
         self, key: Any, function: Callable[..., Any], *, own: bool = False
@@ -87,7 +103,7 @@ class AttackedClassifier:
         Args:
             key: What the function depends on, hashable, such as an attack.
             function: Called as `function(logits, *tensors)` where `logits` maps images
-                to logits in inference mode; returns a structure of tensors.
+                in [0, 1] to logits in inference mode; returns a structure of tensors.
             own: Whether `logits` calls the classifier itself, for what must hold of it,
                 and not its faster twin, for a search.
 
@@ -100,7 +116,8 @@ class AttackedClassifier:
 
             def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
                 def logits(images: Tensor) -> Tensor:
-                    outputs = model.stateless_call(trainable, state, images, training=False)[0]
+                    native = self.own_bounds.native(images)
+                    outputs = model.stateless_call(trainable, state, native, training=False)[0]
                     return ops.cast(outputs, images.dtype)
 
                 return function(logits, *tensors)
@@ -140,6 +157,37 @@ class AttackedClassifier:
             found = vars(model)[_KEPT] = (state, cls(model))
         return found[1]
 
+    @property
+    def unit(self) -> "AttackedClassifier":
+        """The same one for images in [0, 1], whatever its bounds; it shares what is compiled."""
+        view = copy.copy(self)
+        view.bounds = UNIT
+        return view
+
+    def images(self, images: Any, argument: str = "images") -> np.ndarray:
+        """`images` as an array, uint8 or floats, if this classifier can be given them.
+
+        Raises:
+            ValueError: As `tvkeras.inputs.images`.
+        """
+        shape = contract.image_shape(self.classifier)
+        return inputs.images(images, bounds=self.bounds, shape=shape, argument=argument)
+
+    def labels(self, labels: Any, images: np.ndarray) -> np.ndarray:
+        """`labels` as int64 `(count,)`, if they are classes of these images.
+
+        Raises:
+            ValueError: As `tvkeras.inputs.labels`.
+        """
+        return inputs.labels(labels, len(images), self.num_classes(images))
+
+    def num_classes(self, images: np.ndarray) -> int:
+        """Number of logits of such images, two or more."""
+        shape = images.shape[1:]
+        if shape not in self._num_classes:
+            self._num_classes[shape] = contract.num_classes(self.classifier, shape)
+        return self._num_classes[shape]
+
     def over(
         self,
         key: Any,
@@ -153,21 +201,41 @@ class AttackedClassifier:
         Args:
             key: As for `compiled`.
             function: As for `compiled`; returns a tuple of tensors, a row an image.
-            images: float32 in [0, 1], or uint8; shape
+            images: Floats in the bounds, or uint8; shape
                 `(count, height, width, channels)`.
             *arrays: Further arguments, a row an image.
             batch_size: Images in a batch, at most.
+
+        Raises:
+            ValueError: For images or logits that pass no gate.
         """
+        images = self.images(images)
+        batches = equal_batches(len(images), batch_size)
+        if not self._checked:
+            self.logits(as_float(images[batches[0]], self.bounds))
         call = self.compiled(key, function)
         parts = [
-            call(as_float(images[rows]), *(array[rows] for array in arrays))
-            for rows in equal_batches(len(images), batch_size)
+            call(as_float(images[rows], self.bounds), *(array[rows] for array in arrays))
+            for rows in batches
         ]
         return tuple(np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """The classifier's own logits `(batch, num_classes)` of one batch of images in [0, 1]."""
-        return self.compiled("logits", lambda logits, images: logits(images), own=True)(images)
+        """The classifier's own logits `(batch, num_classes)` of one batch in [0, 1].
+
+        Raises:
+            ValueError: If the first ones asked for are not finite, or probabilities.
+        """
+        call = self.compiled("logits", lambda logits, images: logits(images), own=True)
+        outputs = call(images)
+        if not self._checked:
+            contract.check_logits(outputs)
+            # Of a few images the logits may look so by chance: others are asked too.
+            others = np.random.default_rng(0).random(images.shape, "float32")
+            if contract.are_probabilities(outputs) and contract.are_probabilities(call(others)):
+                raise contract.probabilities_error()
+            self._checked = True
+        return outputs
 
     def randomness(self, seed: Tensor) -> "Randomness":
         """The random numbers of an attack with `seed`, a scalar tensor."""
@@ -237,10 +305,10 @@ class Attack:
 
         Args:
             classifier: The classifier, or one made ready for several attacks.
-            images: float32 in [0, 1], or uint8; shape
+            images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
                 `(count, height, width, channels)`.
             labels: True classes, shape `(count,)`.
-            epsilon: Radius in pixel units, a number or "8/255", for an attack that
+            epsilon: Radius in units of [0, 1], a number or "8/255", for an attack that
                 takes one.
             batch_size: Images in a batch, at most.
             seed: Of the attack's random numbers.
@@ -249,16 +317,14 @@ class Attack:
                 on from there.
 
         Raises:
-            ValueError: For an illegal argument, or a `resume_dir` of another attack.
+            ValueError: For an illegal argument, images or labels that are none of the
+                classifier's, a classifier of other than logits, or a `resume_dir` of
+                another attack.
         """
         radius = self._radius(epsilon)
-        labels = np.asarray(labels).astype(np.int64)
-        if len(images) != len(labels) or labels.ndim != 1 or not len(labels):
-            raise ValueError(
-                "images and labels must be as many and at least one, with labels of shape "
-                f"(count,); got images of shape {images.shape}, labels {labels.shape}."
-            )
         model = AttackedClassifier.of(classifier)
+        images = model.images(images)
+        labels = model.labels(labels, images)
         batches = equal_batches(len(labels), batch_size)
         size = len(batches[0])
         folder = None if resume_dir is None else pathlib.Path(resume_dir)
@@ -269,7 +335,8 @@ class Attack:
             batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
 
             def attack(rows: np.ndarray = rows, seed: int = batch_seed) -> dict[str, np.ndarray]:
-                return self._batch(model, as_float(images[rows]), labels[rows], radius, seed)
+                batch = as_float(images[rows], model.bounds)
+                return self._batch(model, batch, labels[rows], radius, seed)
 
             if folder is None:
                 part = attack()
@@ -278,9 +345,10 @@ class Attack:
             parts.append(part)
             if bar:
                 bar.update(number + 1)
-        return AttackResult(
-            **{name: np.concatenate([p[name] for p in parts])[: len(labels)] for name in parts[0]}
-        )
+        arrays = {
+            name: np.concatenate([p[name] for p in parts])[: len(labels)] for name in parts[0]
+        }
+        return AttackResult(**{**arrays, "x_adv": model.bounds.native(arrays["x_adv"])})
 
     def search(
         self,
@@ -369,7 +437,8 @@ class Attack:
     def _identity(
         self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray, settings: Any
     ) -> str:
-        digest = hashlib.sha256(repr((self, settings, images.shape)).encode())
+        bounds = () if model.bounds == UNIT else (model.bounds,)
+        digest = hashlib.sha256(repr((self, settings, images.shape, *bounds)).encode())
         for content in (np.ascontiguousarray(images).data, labels.data, model.fingerprint()):
             digest.update(content)
         return digest.hexdigest()
@@ -495,13 +564,6 @@ def largest_distance(epsilon: float, norm: str, size: int) -> float:
     if norm == "l2":
         return math.hypot(radius, r * math.sqrt(size)) + r
     return radius + 2 * r * (math.sqrt(size) if norm == "l1" else 1)
-
-
-def as_float(images: np.ndarray) -> np.ndarray:
-    """Images as float32: uint8 pixels over 255, others as they are."""
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / 255
-    return images.astype(np.float32)
 
 
 def _kept(

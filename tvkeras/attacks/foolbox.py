@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import checks
+from tvkeras import checks, inputs
 from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, input_gradient
 
 if keras.backend.backend() != "tensorflow":
@@ -165,7 +165,7 @@ class _FromOtherClass(_FoolboxAttack):
     the attack fails for that image alone. Classifying the pool is not counted.
 
     Attributes:
-        pool: Images to start from, float32 in [0, 1], shape
+        pool: Images to start from, float32 in [0, 1] or uint8, shape
             `(count, height, width, channels)`; by default those of the same batch.
         pool_digest: Computed: tells pools apart.
     """
@@ -177,14 +177,17 @@ class _FromOtherClass(_FoolboxAttack):
         """Checks the arguments."""
         super().__post_init__()
         if self.pool is not None:
-            digest = hashlib.sha256(np.ascontiguousarray(self.pool).data).hexdigest()
+            pool = inputs.as_float(inputs.images(self.pool, argument="pool"))
+            digest = hashlib.sha256(np.ascontiguousarray(pool).data).hexdigest()
+            object.__setattr__(self, "pool", pool)
             object.__setattr__(self, "pool_digest", digest)
 
     def prepared(
         self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The rows that have a start, and the starts."""
-        pool = images if self.pool is None else np.asarray(self.pool, np.float32)
+        pool = images if self.pool is None else self.pool
+        inputs.images(pool, shape=images.shape[1:], argument="pool")
         parts = range(0, len(pool), len(images))
         classes = np.concatenate(
             [model.logits(pool[start : start + len(images)]).argmax(axis=1) for start in parts]

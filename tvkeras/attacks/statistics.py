@@ -75,11 +75,18 @@ def loss_statistics(
 
     Args:
         model: The classifier.
-        images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
+        images: Floats in the classifier's bounds, or uint8; shape
+            `(count, height, width, channels)`.
         labels: True classes, shape `(count,)`.
         norm: Threat norm, whose dual measures the gradients.
         batch_size: Images in a batch, at most.
+
+    Raises:
+        ValueError: For images or labels that are none of the classifier's.
     """
+    checks.one_of("norm", norm, norms.DUALS)
+    images = model.images(images)
+    labels = model.labels(labels, images)
 
     def statistics(logits: Logits, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         losses, outputs, gradient = input_gradient(

@@ -9,18 +9,18 @@ import numpy as np
 from tvkeras import checks
 from tvkeras.attacks import AttackedClassifier, ProjectedGradient
 from tvkeras.attacks.apgd import CLASSES
-from tvkeras.attacks.base import as_float
 from tvkeras.evaluation import masking, sanity
 from tvkeras.evaluation.case import ORDERS, Case, Check
+from tvkeras.inputs import as_float
 
 PRECONDITIONS = (
     sanity.images_in_bounds,
     sanity.epsilon_in_pixel_units,
     sanity.finite_logits,
     sanity.enough_classes,
+    sanity.not_probabilities,
 )
 CHECKS = (
-    sanity.not_probabilities,
     sanity.repeatable,
     sanity.state_unchanged,
     sanity.zero_gradients,
@@ -73,11 +73,12 @@ def audit(
 
     About 100 images do: decisions are by example, and n images resolve shares of 1 / n.
     The dearer attacks meet the decisive epsilon alone, see `Case.decisive`. Nothing is
-    attacked where images, epsilons, logits or labels are not what attacks need.
+    attacked where epsilons or logits are not what attacks need.
 
     Args:
-        classifier: Maps images in [0, 1] to logits; in inference mode.
-        images: float32 in [0, 1], or uint8, `(count, height, width, channels)`.
+        classifier: Maps images to logits; in inference mode.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         labels: True classes, shape `(count,)`.
         norm: Threat norm, "l2" or "linf".
         epsilons: Radii in pixel units, above 0.
@@ -90,7 +91,8 @@ def audit(
         batch_size: Images in a batch, at most.
 
     Raises:
-        ValueError: For an illegal argument.
+        ValueError: For an illegal argument, images or labels that are none of the
+            classifier's, or a classifier that ends in a softmax.
 
     Reference: Athalye et al. (2018), arXiv:1802.00420; Carlini et al. (2019),
     arXiv:1902.06705.
@@ -100,10 +102,11 @@ def audit(
     if not radii or radii[0] <= 0:
         raise ValueError(f"epsilons must be radii above 0, at least one, got {epsilons!r}.")
     checks.one_of("norm", norm, ORDERS)
+    images = model.images(images)
     case = Case(
-        model=model,
-        images=as_float(np.asarray(images)),
-        labels=np.asarray(labels).astype(np.int64),
+        model=model.unit,
+        images=as_float(images, model.bounds),
+        labels=model.labels(labels, images),
         attack=ProjectedGradient(norm=norm, steps=steps, relative_step=relative_step, temper=False),
         epsilons=tuple(radii),
         seed=seed,

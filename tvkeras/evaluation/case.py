@@ -39,7 +39,7 @@ def graded(name: str, figure: float, warn: float, fail: float, advice: str) -> C
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the checks look at: a classifier, images, PGD and its results."""
+    """What the checks look at: a classifier, images in [0, 1], PGD and its results."""
 
     model: AttackedClassifier
     images: np.ndarray
@@ -51,6 +51,7 @@ class Case:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The classifier's own logits, by none of the attacks' functions."""
+        images = self.model.own_bounds.native(images)
         outputs = self.model.classifier.predict(images, batch_size=self.batch_size, verbose=0)
         return np.asarray(outputs, "float32")
 

@@ -81,7 +81,8 @@ def rescaled_logits(case: Case) -> Check:
     margins = np.diff(np.sort(case.logits, axis=1)[:, -2:], axis=1)
     scale = keras.layers.Rescaling(1 / max(float(np.median(margins)), 1e-30), dtype="float32")
     rescaled = keras.Model(classifier.inputs, scale(classifier.outputs[0]))
-    result = case.run(case.attack, case.decisive, rescaled)
+    model = AttackedClassifier(rescaled, case.model.own_bounds).unit
+    result = case.run(case.attack, case.decisive, model)
     advice = "The logits' scale hides the gradient: attack rescaled logits, or the margin."
     return _missed(case, "rescaled_logits", case.only_by_other(result.success), advice)
 
@@ -105,7 +106,7 @@ def margin_loss(case: Case) -> Check:
 
 def transfer(case: Case, surrogate: keras.Model | AttackedClassifier) -> Check:
     """Share of images that PGD fools only by way of the surrogate, at the decisive epsilon."""
-    x_adv = case.run(case.attack, case.decisive, surrogate).x_adv
+    x_adv = case.run(case.attack, case.decisive, AttackedClassifier.of(surrogate).unit).x_adv
     advice = "Another model's gradients serve better than its own: they are masked."
     return _missed(case, "transfer", case.only_by_other(case.wrong(x_adv)), advice)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from tvkeras import attacks, norms
+from tvkeras import attacks, inputs, norms
 from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.data import Examples
 
@@ -13,7 +13,7 @@ PGD_STEPS = 20
 
 
 def measure(
-    classifier: keras.Model,
+    classifier: keras.Model | attacks.AttackedClassifier,
     examples: Examples,
     *,
     norm: str = "l2",
@@ -27,7 +27,7 @@ def measure(
     robust accuracy to quote.
 
     Args:
-        classifier: Maps images in [0, 1] to logits.
+        classifier: Maps images to logits.
         examples: The test set; clean error and gradients are over all of it.
         norm: Threat norm of the attacks and, through its dual, of the gradients.
         epsilons: Radii in pixel units.
@@ -39,11 +39,11 @@ def measure(
         `images` images; `fgsm_error` and `pgd_error`, by radius as text, over
         `attacked_images`.
     """
-    model = attacks.AttackedClassifier(classifier)
+    model = attacks.AttackedClassifier.of(classifier)
     losses, predicted, sizes = loss_statistics(
         model, examples.images, examples.labels, norm, batch_size
     )
-    wrong = predicted != examples.labels
+    wrong = predicted != inputs.labels(examples.labels, len(predicted))
     count = min(attacked_images, len(examples))
     return {
         "images": len(examples),

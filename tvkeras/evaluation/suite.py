@@ -82,8 +82,9 @@ def run(
     """Runs every trial at every radius.
 
     Args:
-        classifier: Maps images in [0, 1] to logits.
-        images: float32 in [0, 1], or uint8; shape `(count, height, width, channels)`.
+        classifier: Maps images to logits.
+        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
+            `(count, height, width, channels)`.
         labels: True classes, shape `(count,)`.
         trials: The attacks; their names must differ.
         batch_size: Images in a batch.
@@ -93,12 +94,14 @@ def run(
             from there.
 
     Raises:
-        ValueError: If two trials have the same name.
+        ValueError: If two trials have the same name, and as attacks do.
     """
     names = [trial.name for trial in trials]
     if len(set(names)) < len(names):
         raise ValueError(f"trials must have different names, got {names}.")
     model = AttackedClassifier.of(classifier)
+    images = model.images(images)
+    labels = model.labels(labels, images)
     outcomes = []
     for trial in trials:
         results = {}

@@ -10,6 +10,7 @@ import keras
 
 from tvkeras import checks
 from tvkeras.models.airbench import WHITENING, airbench, whiten
+from tvkeras.models.head import logits
 from tvkeras.models.resnet import resnet9, resnet50
 from tvkeras.models.resnext import resnext
 from tvkeras.models.small import small_cnn
@@ -63,6 +64,8 @@ __all__ = [
     "WHITENING",
     "airbench",
     "build",
+    "logits",
+    "multiply_adds",
     "resnet9",
     "resnet50",
     "resnext",

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from tvkeras import runs
-from tvkeras.attacks.base import as_float
+from tvkeras.inputs import as_float
 
 FILE = "probe.npz"
 TOLERANCE = 1e-4

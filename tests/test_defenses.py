@@ -199,10 +199,12 @@ def test_penalties_are_those_of_the_weighted_losses(norm, batch_norm):
     classifier, (images, labels) = net(batch_norm=batch_norm), batch(6)
     defense = TVLipschitz(norm=norm, lipschitz_weight=0.3)
     x, y = (keras.ops.convert_to_tensor(array) for array in (images, labels))
+    parts = (classifier.trainable_variables, classifier.non_trainable_variables)
+    variables = [[variable.value for variable in part] for part in parts]
 
     def sizes(weight):
         def loss(images):
-            logits = classifier(images, training=True)
+            logits = classifier.stateless_call(*variables, images, training=True)[0]
             losses = keras.ops.sparse_categorical_crossentropy(y, logits, from_logits=True)
             return keras.ops.sum(losses * keras.ops.convert_to_tensor(weight)), None
 

@@ -200,10 +200,12 @@ def test_penalties_are_those_of_the_weighted_losses(norm, batch_norm):
     classifier, (images, labels) = net(batch_norm=batch_norm), batch(6)
     defense = TVLipschitz(norm=norm, lipschitz_weight=0.3)
     x, y = (keras.ops.convert_to_tensor(array) for array in (images, labels))
+    parts = (classifier.trainable_variables, classifier.non_trainable_variables)
+    variables = [[variable.value for variable in part] for part in parts]
 
     def sizes(weight):
         def loss(images):
-            logits = classifier(images, training=True)
+            logits = classifier.stateless_call(*variables, images, training=True)[0]
             losses = keras.ops.sparse_categorical_crossentropy(y, logits, from_logits=True)
             return keras.ops.sum(losses * keras.ops.convert_to_tensor(weight)), None
 
@@ -219,7 +221,8 @@ def test_penalties_are_those_of_the_weighted_losses(norm, batch_norm):
     for small in (3.0, 1.0, 0.1, 1e-6, 1e-30):
         weight = np.where(np.arange(6) == largest, small, 1.0)
         expected = sizes(weight)
-        assert found(weight) == pytest.approx([expected.mean(), expected.max()], rel=1e-9)
+        rounding = 1e-6 if batch_norm else 1e-9  # under JAX, Keras's moments are float32
+        assert found(weight) == pytest.approx([expected.mean(), expected.max()], rel=rounding)
         if not batch_norm:
             np.testing.assert_allclose(expected, weight * unweighted, rtol=1e-9)
     nearly, nothing = found(weight)[1], found(np.where(weight < 1, 0.0, 1.0))[1]

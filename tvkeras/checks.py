@@ -89,6 +89,19 @@ def epsilon(value: Any, argument: str = "epsilon") -> float:
     return number(argument, value, minimum=0.0)
 
 
+def instance(argument: str, value: Any, example: str) -> Any:
+    """Returns `value` if it is None or can be called, and is no class.
+
+    Raises:
+        ValueError: With an `example` of what it may be.
+    """
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return value
+    raise ValueError(
+        f"{argument} must be None or an instance such as {example}, got {argument}={value!r}."
+    )
+
+
 def sequence(argument: str, value: Any) -> Sequence[Any]:
     """Returns `value` if it is a tuple or list.
 

@@ -77,12 +77,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 f"defense must be a tvkeras.Defense, got defense={defense!r}. "
                 "Use an instance such as tvkeras.TVLipschitz()."
             )
-        if augmentation is not None:
-            if isinstance(augmentation, type) or not callable(augmentation):
-                raise ValueError(
-                    "augmentation must be None or an instance such as tvkeras.data.Augmentation(), "
-                    f"called as augmentation(images, seed), got augmentation={augmentation!r}."
-                )
+        checks.instance("augmentation", augmentation, "tvkeras.data.Augmentation()")
         for dtype in sorted(_compute_dtypes(classifier)):
             defense.check_precision(dtype)
         self.classifier = classifier

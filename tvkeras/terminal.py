@@ -37,10 +37,9 @@ def quiet() -> None:
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Absl's `app.run`, which shows log lines from warnings on; `--verbosity=0` shows all."""
-    flags.FLAGS["verbosity"].value = logging.WARNING
-    flags.FLAGS[
-        "verbosity"
-    ].using_default_value = False  # absl takes INFO where nothing was set before
+    verbosity = flags.FLAGS["verbosity"]
+    verbosity.value = logging.WARNING
+    verbosity.using_default_value = False  # else absl takes INFO
     app.run(main)
 
 

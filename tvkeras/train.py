@@ -133,6 +133,7 @@ def train(
     if checkpoint_steps is not None:
         checks.whole_number("checkpoint_steps", checkpoint_steps, minimum=1)
     checks.one_of("precision", precision, PRECISIONS)
+    checks.instance("augmentation", augmentation, "tvkeras.data.Augmentation()")
     checks.number("label_smoothing", label_smoothing, minimum=0.0, maximum=1.0)
     checks.number("ramp", ramp, minimum=0.0, maximum=1.0)
     if validation_epsilon is not None:

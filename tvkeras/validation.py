@@ -1,5 +1,6 @@
 """Robust accuracy on held-out images after each epoch, to choose the best one by."""
 
+import math
 from typing import Any
 
 import keras
@@ -48,7 +49,8 @@ class RobustValidation(keras.callbacks.Callback):
         self._attacked = attacks.AttackedClassifier(self.model.classifier)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Attacks the classifier as it is now."""
+        """Attacks the classifier as it is now, unless its loss is lost."""
+        if logs is None or not math.isfinite(logs["loss"]):
+            return
         result = self._attack(self._attacked, self._images, self._labels, epsilon=self._epsilon)
-        if logs is not None:
-            logs["val_robust_accuracy"] = 1.0 - float(result.success.mean())
+        logs["val_robust_accuracy"] = result.robust_accuracy

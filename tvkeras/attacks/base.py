@@ -149,6 +149,7 @@ class AttackedClassifier:
         """
         if isinstance(classifier, cls):
             return classifier
+        contract.unwrapped(classifier)  # refuses what has no variables
         model: Any = classifier
         variables = (model.trainable_variables, model.non_trainable_variables)
         state = [[id(variable) for variable in part] for part in variables]

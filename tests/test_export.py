@@ -195,10 +195,30 @@ def test_an_export_that_fails_leaves_no_version(tmp_path, monkeypatch):
 def test_only_a_classifier_of_images_is_exported(tmp_path):
     flat = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     unbuilt = keras.Sequential([layers.Dense(2)])
-    robust = tvkeras.RobustClassifier(pooled(), tvkeras.Undefended())
-    for classifier in (flat, unbuilt, robust):
-        with pytest.raises(ValueError, match="classifier must be a Keras model of one input"):
-            export(classifier, tmp_path)
+    with pytest.raises(ValueError, match="classifier must be a Keras model of one input"):
+        export(flat, tmp_path)
+    with pytest.raises(ValueError, match=r"classifier must be a built keras\.Model"):
+        export(unbuilt, tmp_path)
+
+
+@tensorflow_only
+@pytest.mark.slow
+def test_a_classifier_of_other_bounds_is_served_in_ours(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    images = keras.Input((8, 8, 1))
+    classifier = keras.Model(images, pooled()(layers.Rescaling(1 / 255)(images)))
+    robust = tvkeras.RobustClassifier(classifier, tvkeras.Undefended(), bounds=(0, 255))
+    detector = GradientNormDetector(norm="linf", statistic="loss", threshold=1.0)
+    signatures = tf.saved_model.load(export(robust, tmp_path, detector=detector)).signatures
+    pixels = np.round(255 * random_images(3)).astype("uint8")
+    logits = classifier.predict(pixels.astype("float32"), verbose=0)
+    for name, given in (
+        ("serving_uint8", pixels),
+        ("serving_default", (pixels / 255).astype("float32")),
+    ):
+        found = signatures[name](images=tf.constant(given))
+        np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
+        np.testing.assert_allclose(found["score"], detector.scores(robust, pixels), rtol=1e-3)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="what the other backends say")

@@ -170,7 +170,7 @@ def test_upstreams_normal_is_a_unit_vector_for_one_example_alone():
 def test_what_the_classifier_does_not_confirm_is_no_success(attack):
     model, images, labels, _ = linear()
     weights, _ = model.get_weights()
-    model.set_weights([0 * weights, np.array([1.0, 0.0], "float32")])  # class 0 whatever it sees
+    model.set_weights([0 * weights, np.array([2.0, 0.0], "float32")])  # class 0 whatever it sees
     result = attack(model, images, labels)
     assert result.success.tolist() == [False, False, True]
     np.testing.assert_array_equal(result.x_adv, images)

@@ -173,10 +173,10 @@ def test_bad_images_are_refused_before_they_are_sent(scheme):
     good = random_images(2)
     for images, message in (
         (good * 255, "Divide 8-bit pixels by 255"),
-        (good * np.nan, "hold no NaN"),
-        (good[0], r"A single one is images\[None\]"),
+        (good * np.nan, "got NaN"),
+        (good[0], r"A single image is images\[None\]"),
         (good[:0], "at least one image"),
-        (good.astype("int32"), "float in .* or uint8, got int32"),
+        (good.astype("int32"), "floats in .* or uint8 .* got int32"),
     ):
         with pytest.raises(ValueError, match=message):
             client.classify(images)

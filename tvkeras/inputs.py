@@ -65,6 +65,7 @@ def images(
     bounds: Bounds = UNIT,
     shape: Sequence[int | None] | None = None,
     argument: str = "images",
+    hint: str | None = None,
 ) -> np.ndarray:
     """`value` as an array, if it holds images: at least one, of floats in the bounds or uint8.
 
@@ -74,6 +75,7 @@ def images(
         shape: `(height, width, channels)` of the classifier's images; None for any, of
             one side or of all.
         argument: The name to put into the error.
+        hint: What to do about images out of bounds; default: what helps with a classifier.
 
     Returns:
         uint8 or floats as they came, shape `(count, height, width, channels)`.
@@ -95,7 +97,7 @@ def images(
             "Resize them, or build the classifier for their shape."
         )
     if array.dtype != np.uint8:
-        _check_range(argument, array, bounds)
+        _check_range(argument, array, bounds, hint or out_of_bounds_hint(bounds))
     return array
 
 
@@ -191,7 +193,7 @@ def _axis_hint(argument: str, found: tuple[int, ...], shape: Sequence[int | None
     return f" A single image is {argument}[None]."
 
 
-def _check_range(argument: str, array: np.ndarray, bounds: Bounds) -> None:
+def _check_range(argument: str, array: np.ndarray, bounds: Bounds, hint: str) -> None:
     low, high = array.min(), array.max()
     black, white = (array.dtype.type(end) for end in bounds)
     if black <= low and high <= white:  # neither is true of NaN
@@ -203,9 +205,7 @@ def _check_range(argument: str, array: np.ndarray, bounds: Bounds) -> None:
             )
         return
     found = "NaN" if np.isnan(low) else f"values from {low:.9g} to {high:.9g}"
-    raise ValueError(
-        f"{argument} must be finite and lie in {bounds}, got {found}. {out_of_bounds_hint(bounds)}"
-    )
+    raise ValueError(f"{argument} must be finite and lie in {bounds}, got {found}. {hint}")
 
 
 def out_of_bounds_hint(bounds: Bounds) -> str:

@@ -175,7 +175,7 @@ def _checked(images: np.ndarray) -> np.ndarray:
     Servers check again; but one that batches refuses all requests that it joined to a
     bad one.
     """
-    images = inputs.images(images)
+    images = inputs.images(images, hint="Divide 8-bit pixels by 255, or pass them as uint8.")
     return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 

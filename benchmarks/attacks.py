@@ -70,7 +70,7 @@ def groups() -> dict[str, dict[str, Call]]:
         }
     found["DDN, 100 steps"] = {
         "tvkeras": call(attacks.DecoupledDirectionNorm(steps=100)),
-        "Foolbox, adapted": call(attacks.FoolboxDDN(steps=100)),
+        "Foolbox": lambda: foolbox.attacks.DDNAttack(steps=100)(wrapped, *tensors, epsilons=None),
     }
     found["C&W, 50 steps, 1 weight"] = {
         "tvkeras": call(attacks.CarliniWagner(steps=50, weights=1)),
@@ -78,7 +78,7 @@ def groups() -> dict[str, dict[str, Call]]:
     }
     boundary = attacks.FoolboxBoundary(steps=STEPS)
     upstream = boundary.attack(images.shape)
-    starts = boundary.prepared(model, images, labels)[1]["starting_points"]
+    starts = boundary.prepared(model, images, labels)[1]
     found[f"Boundary, {STEPS} steps"] = {
         "Foolbox, adapted": call(boundary),
         "Foolbox": lambda: upstream(

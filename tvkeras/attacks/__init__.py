@@ -45,8 +45,6 @@ TENSORFLOW_ATTACKS = {
     "CleverHansSPSA": "cleverhans",
     "FoolboxBoundary": "foolbox",
     "FoolboxBrendelBethge": "foolbox",
-    "FoolboxDDN": "foolbox",
-    "FoolboxDeepFool": "foolbox",
     "FoolboxHopSkipJump": "foolbox",
 }
 

@@ -1,9 +1,8 @@
 """Foolbox 3.3.4 behind the attack protocol, on the TensorFlow backend.
 
 Foolbox is optional: `pip install "tvkeras[foolbox]"`. It runs eagerly; the model that
-it calls, and that model's gradient, are compiled. Not every attack of Foolbox is here:
-its fast minimum-norm attack divides `norms / norms` (`fast_minimum_norm.py`) and
-returns perturbations about twice too long.
+it calls, and that model's gradient, are compiled. Here are its walks along the decision
+boundary; what it has of other kinds, tvkeras has compiled.
 """
 
 import dataclasses
@@ -42,16 +41,26 @@ _BEYOND = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _FoolboxAttack(Attack):
-    """A minimum-norm attack of Foolbox.
+    """A minimum-norm attack of Foolbox, which starts from an image of another class.
 
-    Images that are misclassified to begin with are not attacked. Labels are int64
-    tensors: int32 ones and NumPy arrays make Foolbox crash. Foolbox draws from
-    TensorFlow's global generator, which is therefore seeded before each batch. What it
-    returns counts only if the classifier confirms it, as with every attack.
+    Images that are misclassified to begin with are not attacked. Foolbox's own search
+    for a start raises for the whole batch where it fails for one image. Here an image
+    starts from the nearest one, in l2, of a pool that the classifier puts into another
+    class than the image's true one; where there is none, the attack fails for that image
+    alone.
+
+    Labels are int64 tensors: int32 ones and NumPy arrays make Foolbox crash. Foolbox
+    draws from TensorFlow's global generator, which is therefore seeded before each batch.
+    What it returns counts only if the classifier confirms it, as with every attack.
 
     Queries are the calls of the wrapped model with a batch that an example belongs
     to: Foolbox goes on asking about the examples that are done. A call for a gradient
-    counts as one.
+    counts as one; classifying the pool is not counted.
+
+    Attributes:
+        pool: Images to start from, float32 in [0, 1] or uint8, shape
+            `(count, height, width, channels)`; by default those of the same batch.
+        pool_digest: Computed: tells pools apart.
     """
 
     fixed_epsilon: ClassVar[bool] = False
@@ -59,11 +68,18 @@ class _FoolboxAttack(Attack):
     legal_norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     steps: int
+    pool: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    pool_digest: str | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
         checks.one_of("norm", self.norm, self.legal_norms)
         checks.whole_number("steps", self.steps, minimum=1)
+        if self.pool is not None:
+            pool = inputs.as_float(inputs.images(self.pool, argument="pool"))
+            digest = hashlib.sha256(np.ascontiguousarray(pool).data).hexdigest()
+            object.__setattr__(self, "pool", pool)
+            object.__setattr__(self, "pool_digest", digest)
 
     def search(
         self,
@@ -75,9 +91,9 @@ class _FoolboxAttack(Attack):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Attacks the images that are classified rightly, together or one by one."""
         tf.random.set_seed(seed)
-        rows, arguments = self.prepared(model, images, labels)
+        rows, starts = self.prepared(model, images, labels)
         x_adv, queries = images.copy(), np.zeros(len(images), np.int64)
-        for part in np.split(rows, len(rows)) if self.one_by_one else [rows]:
+        for part in rows[:, None] if self.one_by_one else [rows]:
             if len(part):
                 counted = _Counted(model)
                 attack = self.attack(images[part].shape)
@@ -85,7 +101,7 @@ class _FoolboxAttack(Attack):
                     foolbox.TensorFlowModel(counted, bounds=(0, 1), device="/CPU:0"),
                     tf.constant(images[part]),
                     foolbox.criteria.Misclassification(tf.constant(labels[part], tf.int64)),
-                    **{name: tf.constant(values[part]) for name, values in arguments.items()},
+                    starting_points=tf.constant(starts[part]),
                 )
                 beyond = images[part] + (1 + _BEYOND) * (np.asarray(found) - images[part])
                 x_adv[part] = np.clip(beyond, 0, 1)
@@ -94,103 +110,8 @@ class _FoolboxAttack(Attack):
 
     def prepared(
         self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The rows to attack, and arguments for Foolbox, one row for each image."""
-        return np.flatnonzero(model.logits(images).argmax(axis=1) == labels), {}
-
-    def attack(self, shape: tuple[int, ...]) -> Any:
-        """Foolbox's own attack, for a batch of images of this shape."""
-        raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxDDN(_FoolboxAttack):
-    """Decoupled direction and norm.
-
-    Attributes:
-        norm: "l2".
-        steps: Gradient steps.
-        init_epsilon: Radius of the first step, in pixel units.
-        gamma: Relative change of the radius in a step.
-
-    Reference: Rony et al. (2019), arXiv:1811.09600.
-    """
-
-    steps: int = 100
-    init_epsilon: float = 1.0
-    gamma: float = 0.05
-
-    def attack(self, shape: tuple[int, ...]) -> Any:
-        """Foolbox's own attack."""
-        return foolbox.attacks.DDNAttack(
-            init_epsilon=self.init_epsilon, steps=self.steps, gamma=self.gamma
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxDeepFool(_FoolboxAttack):
-    """Steps to the nearest boundary of the linearised classifier.
-
-    Attributes:
-        norm: "l2" or "linf".
-        steps: Steps, at most; each costs a gradient for every candidate.
-        candidates: Classes that are considered, the most likely ones.
-        overshoot: Relative length beyond the boundary.
-
-    Reference: Moosavi-Dezfooli et al. (2016), arXiv:1511.04599.
-    """
-
-    steps: int = 50
-    candidates: int = 10
-    overshoot: float = 0.02
-
-    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
-
-    def attack(self, shape: tuple[int, ...]) -> Any:
-        """Foolbox's own attack."""
-        kinds = {
-            "l2": foolbox.attacks.L2DeepFoolAttack,
-            "linf": foolbox.attacks.LinfDeepFoolAttack,
-        }
-        return kinds[self.norm](
-            steps=self.steps,
-            candidates=self.candidates,
-            overshoot=self.overshoot,
-            loss="logits",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _FromOtherClass(_FoolboxAttack):
-    """An attack that starts from an image of another class.
-
-    Foolbox's own search for a start raises for the whole batch where it fails for one
-    image. Here an image starts from the nearest one, in l2, of a pool that the
-    classifier puts into another class than the image's true one; where there is none,
-    the attack fails for that image alone. Classifying the pool is not counted.
-
-    Attributes:
-        pool: Images to start from, float32 in [0, 1] or uint8, shape
-            `(count, height, width, channels)`; by default those of the same batch.
-        pool_digest: Computed: tells pools apart.
-    """
-
-    pool: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
-    pool_digest: str | None = dataclasses.field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        super().__post_init__()
-        if self.pool is not None:
-            pool = inputs.as_float(inputs.images(self.pool, argument="pool"))
-            digest = hashlib.sha256(np.ascontiguousarray(pool).data).hexdigest()
-            object.__setattr__(self, "pool", pool)
-            object.__setattr__(self, "pool_digest", digest)
-
-    def prepared(
-        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The rows that have a start, and the starts."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows to attack, those that are right and have a start, and all rows' starts."""
         pool = images if self.pool is None else self.pool
         inputs.images(pool, shape=images.shape[1:], argument="pool")
         parts = range(0, len(pool), len(images))
@@ -200,14 +121,18 @@ class _FromOtherClass(_FoolboxAttack):
         flat, pool_flat = images.reshape(len(images), -1), pool.reshape(len(pool), -1)
         squares = np.square(pool_flat).sum(axis=1) - 2 * flat @ pool_flat.T
         squares[labels[:, None] == classes[None]] = np.inf
-        rows, _ = super().prepared(model, images, labels)
         nearest = squares.argmin(axis=1)
-        possible = np.isfinite(squares[rows, nearest[rows]])
-        return rows[possible], {"starting_points": pool[nearest]}
+        right = model.logits(images).argmax(axis=1) == labels
+        possible = np.isfinite(np.take_along_axis(squares, nearest[:, None], axis=1)[:, 0])
+        return np.flatnonzero(right & possible), pool[nearest]
+
+    def attack(self, shape: tuple[int, ...]) -> Any:
+        """Foolbox's own attack, for a batch of images of this shape."""
+        raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxBoundary(_FromOtherClass):
+class FoolboxBoundary(_FoolboxAttack):
     """A random walk along the decision boundary towards the image.
 
     Attributes:
@@ -242,7 +167,7 @@ class FoolboxBoundary(_FromOtherClass):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxHopSkipJump(_FromOtherClass):
+class FoolboxHopSkipJump(_FoolboxAttack):
     """Steps along the boundary's normal, estimated from decisions.
 
     `approximate_gradients` (`hop_skip_jump.py`) divides an example's estimate by the
@@ -282,7 +207,7 @@ class FoolboxHopSkipJump(_FromOtherClass):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoolboxBrendelBethge(_FromOtherClass):
+class FoolboxBrendelBethge(_FoolboxAttack):
     """Along the boundary, by its normal, to the point that is nearest to the image.
 
     Each step solves a problem in a trust region, compiled by numba when the first of a

@@ -36,6 +36,7 @@ DEFENSES = {
     "double_backprop": lambda: tvkeras.TVLipschitz(lipschitz_weight=0.5, method="double_backprop"),
     "central": lambda: tvkeras.TVLipschitz(lipschitz_weight=0.5, fd_step=0.1, scheme="central"),
     "fraction": lambda: tvkeras.TVLipschitz(fd_step=0.1, penalty_fraction=0.5),
+    "every": lambda: tvkeras.TVLipschitz(fd_step=0.1, penalty_every=2),
     "pgd": lambda: tvkeras.AdversarialTraining(norm="l2", epsilon=0.5, random_start=False),
 }
 

@@ -108,7 +108,6 @@ UNLABELLED = {
     "smoothed": lambda m, x, _: bounds.smoothed_bound(
         m, x, sigma=0.1, selection_samples=4, samples=20, batch_size=10
     ),
-    "certified": lambda m, x, _: bounds.certified_bound(m, x),
 }
 FIT = {"batch_size": 2, "verbose": 0, "shuffle": False}
 TRAINED = {
@@ -358,7 +357,7 @@ def exporting(model, images, labels):
 
 WRAPPING = {"wrapping": wrapping, "attacked": lambda m, x, y: attacks.AttackedClassifier(m)}
 WRAPPING |= {"exporting": exporting} if BACKEND == "tensorflow" else {}
-WRAPPING |= {"audit": LABELLED["audit"], "certified": UNLABELLED["certified"]}
+WRAPPING |= {"audit": LABELLED["audit"]}
 
 
 @pytest.mark.parametrize("what", BAD_CLASSIFIERS)
@@ -492,7 +491,7 @@ def rescaled(pair):
 @pytest.mark.parametrize("pair", RESCALED)
 @pytest.mark.parametrize(
     "name",
-    ["pgd", "fmn", "cw", "suite", "estimated", "certified", "smoothed", "scores", "detector"],
+    ["pgd", "fmn", "cw", "suite", "estimated", "smoothed", "scores", "detector"],
 )
 def test_bounds_change_no_distance_and_no_size(name, pair, kind):
     native = inputs.Bounds.of(pair).native(IMAGES) if kind == "floats" else PIXELS
@@ -553,7 +552,7 @@ def test_a_robust_classifier_is_attacked_in_its_own_bounds():
         attacks.AttackedClassifier(robust, bounds=(0, 1))
 
 
-@pytest.mark.parametrize("name", ["pgd", "fmn", "estimated", "certified", "scores", "suite"])
+@pytest.mark.parametrize("name", ["pgd", "fmn", "estimated", "scores", "suite"])
 def test_images_in_the_wrong_bounds_are_refused(name):
     for images, message in (
         (IMAGES, "these are images in"),

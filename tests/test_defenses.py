@@ -351,6 +351,7 @@ def test_trades_without_divergence_is_plain_training():
         ({"scheme": "backward"}, "scheme must be one of"),
         ({"method": "finite_diff"}, "Did you mean 'finite_difference'"),
         ({"penalty_fraction": 1.5}, "penalty_fraction must be a number > 0 and <= 1"),
+        ({"penalty_every": 2, "penalty_fraction": 0.5}, "Save by one of them"),
         ({"penalty_every": 0}, "penalty_every must be a whole number >= 1"),
         ({"penalty_fraction": 0.5, "method": "double_backprop"}, "penalty_fraction"),
     ],

@@ -108,6 +108,7 @@ def test_replicas_average_batch_norm_s_statistics_and_draw_their_own_numbers(dev
         ({"compile_arguments": {"steps_per_execution": 2}}, "steps_per_execution must be 1"),
         ({"optimizer": {"use_ema": True, "ema_overwrite_frequency": 2}}, "ema_overwrite_frequency"),
         ({"lookahead": True}, "averaging must be None"),
+        ({"defense": "every"}, "penalty_every must be 1"),
         ({"uneven": True}, "every batch must be a multiple of the number of devices"),
     ],
 )

@@ -33,6 +33,7 @@ def test_a_smoothed_loss_is_the_mean_over_labels():
 
 
 def test_a_triangle_climbs_and_falls_linearly():
+    assert float(schedules.triangle(100)(130)) == pytest.approx(1.5 * 0.07)  # and stays there
     for steps in (1, 10, 1000):
         rate = schedules.triangle(steps, learning_rate=2.0, warmup=0.2, start=0.1, end=0.05)
         if steps == 1:
@@ -109,6 +110,16 @@ def test_lookahead_is_the_formula():
         )
         np.testing.assert_allclose(weights, fast if step == 3 else expected, rtol=1e-6)
         np.testing.assert_allclose(averages, slow if step == 3 else expected, rtol=1e-6)
+    kept = [
+        step
+        for step in range(1, 15)
+        if not keras.ops.any(
+            Lookahead(steps=14, epoch_steps=7, every=3)(
+                keras.ops.convert_to_tensor(step), [keras.ops.ones(1)], [keras.ops.zeros(1)]
+            )[1][0]
+        )
+    ]
+    assert sorted({*range(1, 15)} - {*kept}) == [3, 6, 7, 10, 13, 14]  # ends of epochs too
     with pytest.raises(ValueError, match="decay must be a number"):
         Lookahead(steps=10, decay=1.1)
 
@@ -127,6 +138,8 @@ def test_a_ramp_multiplies_the_defence(defense):
     weights = {"tv_weight", "lipschitz_weight", "epsilon", "step_size", "beta"}
     fields = {field.name: getattr(defense, field.name) for field in dataclasses.fields(defense)}
     quarter = {k: v / 4 for k, v in fields.items() if k in weights and isinstance(v, float)}
+    if isinstance(defense, tvkeras.TRADES):  # whose radius stays
+        quarter = {"beta": quarter["beta"]}
     weaker = dataclasses.replace(defense, **quarter)
     classifier, (images, labels) = net(), batch()
     one = update(defense, classifier, images, labels, ramp_steps=4)
@@ -153,6 +166,34 @@ def test_an_alternating_flip_shows_both_sides_in_two_epochs(digits):
     np.testing.assert_array_equal(third, first)
     with pytest.raises(ValueError, match="flip must be one of"):
         data.Augmentation(flip="sometimes")
+    classifier = tvkeras.models.build("small_cnn", 10, width=2)
+    robust = tvkeras.RobustClassifier(
+        classifier, tvkeras.Undefended(), augmentation, averaging=Lookahead(steps=9)
+    )
+    again = tvkeras.RobustClassifier.from_config(robust.get_config())
+    assert (again.augmentation, again.averaging) == (augmentation, robust.averaging)
+    robust.compile(keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match=r"flip='alternating' needs an x that mirrors"):
+        robust.fit(few.images, few.labels)
+
+
+def test_an_average_begins_with_the_weights_that_were_loaded():
+    robust = trained(Lookahead(steps=1000))
+    images, labels = batch(8, dtype="float32")
+    fresh = tvkeras.RobustClassifier(
+        net(dtype="float32", batch_norm=True, dropout=0.2),
+        tvkeras.Undefended(),
+        averaging=Lookahead(steps=1, every=1, decay=1.0),  # keeps all of the average
+    )
+    fresh.classifier.set_weights(robust.classifier.get_weights())
+    fresh.compile(keras.optimizers.SGD(0.5))
+    fresh.fit(images, labels, batch_size=8, verbose=0)
+    for one, other in zip(
+        fresh.classifier.trainable_variables, robust.classifier.trainable_variables, strict=True
+    ):
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_reflected_crop_is_a_window_of_the_mirrored_image():

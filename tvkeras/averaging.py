@@ -17,18 +17,21 @@ Tensor = Any
 class Lookahead:
     """An average of the weights that training itself goes on from.
 
-    Every few steps the average moves towards the weights, and they are set to it:
+    Every few steps, and at the end of an epoch, the average moves towards the weights, and
+    they are set to it:
 
         average <- k average + (1 - k) weights,   weights <- average
 
     with k = decay^every (step / steps)^3: hardly at all while the rate is high, over the
-    last few tens of steps at the end. BatchNorm's moving statistics are averaged along,
+    last few tens of steps at the end. (Steps that float16's loss scaling skips do not
+    count.) BatchNorm's moving statistics are averaged along,
     so that the weights that are validated, chosen, saved and published are the average,
     and its statistics.
 
     Attributes:
-        steps: Steps of the run; the last one ends with an average too.
-        every: Steps between averages.
+        steps: Steps of the run.
+        epoch_steps: Those of an epoch; by default of the run.
+        every: Steps between averages, counted from the beginning of an epoch.
         decay: What a step keeps of the average at the end of the run.
 
     Raises:
@@ -39,12 +42,15 @@ class Lookahead:
     """
 
     steps: int
+    epoch_steps: int | None = None
     every: int = 5
     decay: float = 0.95
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
         checks.whole_number("steps", self.steps, minimum=1)
+        if self.epoch_steps is not None:
+            checks.whole_number("epoch_steps", self.epoch_steps, minimum=1)
         checks.whole_number("every", self.every, minimum=1)
         checks.number("decay", self.decay, minimum=0.0, maximum=1.0)
 
@@ -52,11 +58,11 @@ class Lookahead:
         self, step: Tensor, weights: Sequence[Tensor], averages: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and averages after a step, which is counted from 1."""
-        due = ops.logical_or(step % self.every == 0, step == self.steps)
-        progress = ops.cast(step, "float32") / self.steps
-        kept = ops.where(due, self.decay**self.every * progress**3, 1.0)
+        due = step % (self.epoch_steps or self.steps) % self.every == 0
+        progress = ops.minimum(ops.cast(step, "float32") / self.steps, 1.0)
+        kept = self.decay**self.every * progress**3
         averages = [
-            weight + ops.cast(kept, weight.dtype) * (average - weight)
+            ops.where(due, weight + ops.cast(kept, weight.dtype) * (average - weight), average)
             for weight, average in zip(weights, averages, strict=True)
         ]
         weights = [
@@ -68,3 +74,8 @@ class Lookahead:
     def get_config(self) -> dict[str, Any]:
         """The arguments, for Keras's serialisation."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Lookahead":
+        """The inverse of `get_config`."""
+        return cls(**config)

@@ -178,6 +178,16 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 f"one, got steps_per_execution={self.steps_per_execution}: the last call of an "
                 "epoch would do more steps than are left."
             )
+        mirroring = getattr(self.augmentation, "flip", None) == "alternating"
+        if mirroring and getattr(x, "augmentation", None) != self.augmentation:
+            raise ValueError(
+                "augmentation with flip='alternating' needs an x that mirrors the images, "
+                "tvkeras.data.Batches(examples, batch_size, seed, augmentation=augmentation), got "
+                f"x={x!r:.80}. Use flip=True for other data."
+            )
+        if not int(self.optimizer.iterations):
+            for average, v in zip(self.averages, _floating(self.classifier), strict=False):
+                average.assign(ops.convert_to_numpy(v))  # which may have been loaded since
         x, y = self._admitted(x, y, "x", "y")
         first, x = _first_batch(x, y)
         if first is not None:

@@ -70,8 +70,8 @@ class TrainingBatch:
         loss_scale: Factor on every gradient, for float16.
         stochastic: Whether the classifier draws random numbers, as dropout does.
         seed: Source of the defence's own random numbers.
-        strength: Factor on the defence's weights or radius, at most 1, while it is
-            ramped up.
+        strength: Factor, at most 1, on the defence's weights (of `AdversarialTraining`, on
+            its radius and step), while they are ramped up.
         step: Steps that were done before.
     """
 
@@ -299,6 +299,12 @@ class TVLipschitz(Defense):
             "penalty_fraction", self.penalty_fraction, minimum=0.0, maximum=1.0, exclusive=True
         )
         checks.whole_number("penalty_every", self.penalty_every, minimum=1)
+        if self.penalty_every > 1 and self.penalty_fraction < 1.0:
+            raise ValueError(
+                "penalty_every must be 1 with a penalty_fraction, got "
+                f"penalty_every={self.penalty_every}, penalty_fraction={self.penalty_fraction}. "
+                "Save by one of them."
+            )
         if self.penalty_fraction < 1.0 and self.method == "double_backprop":
             raise ValueError(
                 "penalty_fraction must be 1 with method='double_backprop', the exact reference, "
@@ -495,7 +501,7 @@ class AdversarialTraining(Defense):
             radius = checks.epsilon(self.epsilon)
             start = norms.random_in_ball(batch.images, self.norm, radius, batch.seed)
             start = batch.strength * start
-        x_adv = _attack(self, gradient, batch, start)
+        x_adv = _attack(self, gradient, batch.images, start, batch.strength)
         return Undefended().update(dataclasses.replace(batch, images=x_adv))
 
 
@@ -558,7 +564,7 @@ class TRADES(Defense):
 
         shape, dtype = ops.shape(batch.images), batch.images.dtype
         start = keras.random.normal(shape, stddev=1e-3, dtype=dtype, seed=batch.seed)
-        x_adv = _attack(self, gradient, batch, start)
+        x_adv = _attack(self, gradient, batch.images, start)
         loss, clean, (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, clean.logits, clean.state)
 
@@ -594,8 +600,9 @@ def _check_attack(defense: AdversarialTraining | TRADES) -> None:
 def _attack(
     defense: AdversarialTraining | TRADES,
     gradient: Callable[[Tensor], Tensor],
-    batch: TrainingBatch,
+    images: Tensor,
     start: Tensor,
+    strength: Tensor | float = 1.0,
 ) -> Tensor:
     epsilon = checks.epsilon(defense.epsilon)
     step_size = epsilon * min(1.0, 2.5 / defense.steps)
@@ -603,11 +610,11 @@ def _attack(
         step_size = checks.epsilon(defense.step_size, "step_size")
     x_adv = norms.projected_ascent(
         gradient,
-        batch.images,
+        images,
         norm=defense.norm,
-        epsilon=batch.strength * epsilon,
+        epsilon=strength * epsilon,
         steps=defense.steps,
-        step_size=batch.strength * step_size,
+        step_size=strength * step_size,
         start=start,
         bounds=defense.bounds,
     )

@@ -35,7 +35,7 @@ class SmoothedCrossentropy(keras.losses.Loss):
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Losses of shape `(batch,)`."""
-        one_hot = ops.one_hot(y_true, y_pred.shape[-1], dtype=y_pred.dtype)
+        one_hot = ops.one_hot(ops.reshape(y_true, (-1,)), y_pred.shape[-1], dtype=y_pred.dtype)
         return keras.losses.categorical_crossentropy(
             one_hot, y_pred, from_logits=True, label_smoothing=self.smoothing
         )

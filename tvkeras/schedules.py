@@ -86,7 +86,7 @@ class Triangle(Schedule):
     def __call__(self, step: Tensor) -> Tensor:
         """The rate at a step, a scalar."""
         start, peak, end, climb, steps = self._config.values()
-        step = ops.cast(step, "float32")
+        step = ops.minimum(ops.cast(step, "float32"), steps)
         rising = start + (peak - start) * step / climb
         falling = peak + (end - peak) * (step - climb) / (steps - climb)
         return ops.where(step < climb, rising, falling)
@@ -122,9 +122,11 @@ def triangle(
     return Triangle(start * rate, rate, end * rate, climb, max(total_steps, climb + 1))
 
 
-def lookahead(total_steps: int, *, every: int = 5, decay: float = 0.95) -> Lookahead:
-    """`Lookahead` over a run of `total_steps`."""
-    return Lookahead(steps=total_steps, every=every, decay=decay)
+def lookahead(
+    total_steps: int, epoch_steps: int, *, every: int = 5, decay: float = 0.95
+) -> Lookahead:
+    """`Lookahead` over a run of `total_steps` in epochs of `epoch_steps`."""
+    return Lookahead(steps=total_steps, epoch_steps=epoch_steps, every=every, decay=decay)
 
 
 @keras.saving.register_keras_serializable("tvkeras")

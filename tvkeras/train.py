@@ -55,7 +55,7 @@ def train(
     model_arguments: Mapping[str, Any] | None = None,
     initial_weights: str | None = None,
     optimizer: Callable[[int], keras.optimizers.Optimizer] = schedules.sgd,
-    averaging: Callable[[int], Lookahead] | None = None,
+    averaging: Callable[[int, int], Lookahead] | None = None,
     label_smoothing: float = 0.0,
     ramp: float = 0.0,
     epochs: int = 200,
@@ -91,7 +91,8 @@ def train(
         initial_weights: Where training starts from: a run folder, a checkpoint in one,
             or a zoo entry, of the same network.
         optimizer: Maps the number of steps of the run to an optimizer.
-        averaging: Maps it to an average of the weights (`schedules.lookahead`), or None.
+        averaging: Maps it, and that of an epoch, to an average of the weights
+            (`schedules.lookahead`), or None.
         label_smoothing: Share of a label that is spread over all classes.
         ramp: Fraction of the run over which the defence's weights grow to their values.
         epochs: Passes over the training set.
@@ -161,6 +162,12 @@ def train(
                 splits = data.streamed(dataset, image_size=image_size, **shared)
         steps = len(splits.train)
 
+        if validation_epsilon is not None and splits.validation is None:
+            raise ValueError(
+                f"validation_epsilon needs held-out images, got {validation_epsilon!r} with "
+                f"validation_fraction={validation_fraction}. Raise validation_fraction."
+            )
+
         # ---- Model and objective ---------------------------------------------------
         shape = {"input_shape": splits.test.images.shape[1:]}
         arguments = {**shape, **(model_arguments or {})}
@@ -180,7 +187,7 @@ def train(
             defense,
             augmentation=augmentation,
             seed=seed,
-            averaging=averaging and averaging(steps * epochs),
+            averaging=averaging and averaging(steps * epochs, steps),
             ramp_steps=round(ramp * steps * epochs),
         )
         robust.compile(
@@ -196,6 +203,8 @@ def train(
             "parameters": classifier.count_params(),
             "steps_per_epoch": steps,
             "steps": steps * epochs,
+        }
+        cost = {
             "passes_per_step": defense.passes,
             "training_pflop": round(operations * batch_size * steps * epochs / 1e15, 3),
         }
@@ -216,6 +225,9 @@ def train(
             "seed": seed,
             "backend": keras.backend.backend(),
             "devices": spread.total,
+            "averaging": str(robust.averaging),
+            "norm": norm,
+            "validation_epsilon": validation_epsilon,
             "initial_weights": initial_weights,
             "label_smoothing": label_smoothing,
             "ramp": ramp,
@@ -223,13 +235,18 @@ def train(
         if precision != "auto":
             facts["precision"] = precision
         if dry_run:
-            return {**plan, "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train)}
+            return {
+                **plan,
+                **cost,
+                "seconds_per_epoch": steps * _seconds_per_step(robust, splits.train),
+            }
 
         # ---- Run folder ------------------------------------------------------------
         with backends.together():
             if spread.process == 0:
                 stack.enter_context(runs.locked(folder))
                 runs.claim(folder, config.operative(), facts, {"policy": policy})
+                runs.describe(folder, **cost)
         recorder = Recorder(
             folder,
             checkpoint_minutes=checkpoint_minutes,
@@ -237,18 +254,19 @@ def train(
             devices=spread,
         )
         if not recorder.restore(robust) and initial_weights is not None:
-            sha256 = runs.load_start(classifier, zoo.find(initial_weights))
-            if spread.process == 0:
-                runs.describe(folder, initial_weights_sha256=sha256)
+            with backends.together():
+                sha256 = runs.load_start(classifier, zoo.find(initial_weights))
+                if spread.process == 0:
+                    runs.describe(folder, initial_weights_sha256=sha256)
 
         # ---- Training --------------------------------------------------------------
         callbacks: list[keras.callbacks.Callback] = [recorder]
-        if validation_epsilon is not None and splits.validation is not None:
-            check = RobustValidation(splits.validation, norm=norm, epsilon=validation_epsilon)
-            callbacks.insert(0, check)
         if keras.backend.backend() == "tensorflow":
             board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
             callbacks.insert(0, board)  # the recorder may stop the run at the end of an epoch
+        if validation_epsilon is not None:
+            check = RobustValidation(splits.validation, norm=norm, epsilon=validation_epsilon)
+            callbacks.insert(0, check)
         if recorder.epoch < epochs:
             with recorder.catching_signals():
                 robust.fit(
@@ -296,10 +314,12 @@ def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) 
     clock = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda _, logs: ends.append((float(logs["loss"]), time.monotonic()))
     )
-    steps = min((TIMED_STEPS + 1) * robust.steps_per_execution, len(batches))
+    period = getattr(robust.defense, "penalty_every", 1)  # steps that differ in what they cost
+    calls = period * TIMED_STEPS + 1
+    steps = min(calls * robust.steps_per_execution, len(batches))
     robust.fit(batches, steps_per_epoch=steps, epochs=2, callbacks=[clock], verbose=0)
-    seconds = np.diff([end for _, end in ends])
-    return statistics.median(seconds.tolist()) / robust.steps_per_execution
+    seconds = np.diff([end for _, end in ends][::period])
+    return statistics.median(seconds.tolist()) / (period * robust.steps_per_execution)
 
 
 # ---- Command line --------------------------------------------------------------------

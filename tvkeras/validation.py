@@ -6,14 +6,19 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras import attacks, checks
+from tvkeras import attacks, checks, data
 
 ATTACKED_IMAGES = 1000
 STEPS = 5
 
 
 def first_images(batches: keras.utils.PyDataset, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` images and labels of a data set, or all if there are fewer."""
+    """The first `count` images and labels of a data set, or all if there are fewer.
+
+    Of `data.Batches` they are the same in all processes, and in no random order.
+    """
+    if isinstance(batches, data.Batches):
+        return batches.examples.images[:count], batches.examples.labels[:count]
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     for index in range(len(batches)):
         parts.append(batches[index])
@@ -44,13 +49,10 @@ class RobustValidation(keras.callbacks.Callback):
         self._attack = attacks.ProjectedGradient(norm=norm, steps=STEPS)
         self._epsilon = checks.epsilon(epsilon, "validation_epsilon")
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Makes the classifier ready to be attacked."""
-        self._attacked = attacks.AttackedClassifier(self.model.classifier)
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Attacks the classifier as it is now, unless its loss is lost."""
         if logs is None or not math.isfinite(logs["loss"]):
             return
-        result = self._attack(self._attacked, self._images, self._labels, epsilon=self._epsilon)
+        model = attacks.AttackedClassifier.kept(self.model)  # as `model` is asked for, JAX's too
+        result = self._attack(model, self._images, self._labels, epsilon=self._epsilon)
         logs["val_robust_accuracy"] = result.robust_accuracy

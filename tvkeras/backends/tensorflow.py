@@ -131,13 +131,13 @@ def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     model.optimizer.apply(gradients, model.trainable_variables)
     if model.averaging:
         groups = (model.trainable_variables, model.non_trainable_variables)
-        averaged = model.average_weights(
-            tf.convert_to_tensor(model.optimizer.iterations),
-            *([tf.convert_to_tensor(variable) for variable in group] for group in groups),
-        )
-        for variables, values in zip(groups, averaged, strict=True):
-            for variable, value in zip(variables, values, strict=True):
-                variable.assign(value)
+        before = [[tf.convert_to_tensor(variable) for variable in group] for group in groups]
+        step = tf.convert_to_tensor(model.optimizer.iterations)
+        averaged = model.average_weights(step, *before)
+        for group in zip(groups, before, averaged, strict=True):
+            for variable, old, new in zip(*group, strict=True):
+                if new is not old:
+                    variable.assign(new)
     return model.compute_logs(update, images, labels, sample_weight)
 
 
@@ -198,6 +198,7 @@ def _check_replicated(model: Any, strategy: Any) -> None:
         "gradient_accumulation_steps": (settings.gradient_accumulation_steps, None),
         "ema_overwrite_frequency": (settings.use_ema and settings.ema_overwrite_frequency, None),
         "averaging": (model.averaging, None),
+        "penalty_every": (getattr(model.defense, "penalty_every", 1), 1),
     }
     for name, (value, only) in refused.items():
         if value and value != only:

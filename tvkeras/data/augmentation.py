@@ -90,3 +90,8 @@ class Augmentation:
     def get_config(self) -> dict[str, Any]:
         """The arguments, for Keras's serialisation."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Augmentation":
+        """The inverse of `get_config`."""
+        return cls(**config)

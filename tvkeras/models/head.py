@@ -26,7 +26,7 @@ def logits(classifier: keras.Model) -> keras.Model:
     classifier = tvkeras.logits(keras.applications.MobileNetV3Small())
     ```
     """
-    outputs = getattr(classifier, "outputs", None)
+    outputs: Any = getattr(classifier, "outputs", None)
     kind = contract.last_activation(classifier)[1] if outputs else ""
     if kind != "softmax" or len(outputs) != 1:
         raise ValueError(

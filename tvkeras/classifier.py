@@ -196,10 +196,9 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 self.compute_metrics(first[0], first[1], self(first[0]), None)
         validation = kwargs.get("validation_data")
         if isinstance(validation, tuple | list) and len(validation) > 1:
-            images, labels = validation[:2]
+            x_val, y_val, *weights = validation
             names = "validation_data[0]", "validation_data[1]"
-            admitted = self._admitted(images, labels, *names)
-            kwargs["validation_data"] = (*admitted, *validation[2:])
+            kwargs["validation_data"] = (*self._admitted(x_val, y_val, *names), *weights)
         own: list[keras.callbacks.Callback] = [Guard()]
         if hasattr(x, "begin_epoch"):
             own.append(_EpochStarter(x, initial_step))

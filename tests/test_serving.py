@@ -246,7 +246,7 @@ def test_a_server_that_starts_late_is_found(models, scheme):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    client = Client(f"{scheme}://127.0.0.1:{port}", NAME, retries=8)
+    client = Client(f"{scheme}://127.0.0.1:{port}", NAME, timeout=60, retries=12)
     found = []
     asking = threading.Thread(target=lambda: found.append(client.logits(random_images(1))))
     asking.start()

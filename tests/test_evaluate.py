@@ -341,7 +341,17 @@ def test_a_card_before_notes_is_read_and_keeps_its_page():
     del content["note"]
     older = card.Card.from_json(json.dumps({**content, "schema": 2}))
     assert older == by_hand(schema=2)
-    assert page.render(older) == page.render(noted).replace("Trained briefly.\n\n", "")
+    before = page.render(by_hand(note="Trained briefly.", schema=3))
+    assert page.render(older) == before.replace("Trained briefly.\n\n", "")
+    assert "Threat model" in page.render(noted)
+    assert "Threat model" not in before
+
+
+def test_corruptions_are_read_and_shown_where_they_were_measured():
+    measured = by_hand(corruption_error={"contrast x 0.4": card.rate(np.arange(40) < 20)})
+    assert card.Card.from_json(measured.to_json()) == measured
+    assert "| contrast x 0.4 | 50.0 (35.2-64.8) |" in page.render(measured)
+    assert "Without an attacker" not in page.render(by_hand())
 
 
 RATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 8}

@@ -20,6 +20,7 @@ from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 from tvkeras.evaluation import audit, card, figures, page, suite
 from tvkeras.evaluation.case import ORDERS
+from tvkeras.evaluation.corruptions import corrupted_classes
 from tvkeras.inputs import as_float
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
@@ -28,6 +29,7 @@ SHOWN_EXAMPLES = 6
 # Of `run.json`: what cards repeat, and what it takes to evaluate a run; its results come last.
 MODEL_ENTRIES = ("model", "model_arguments", "num_classes", "parameters")
 TRAINING_ENTRIES = ("defense", "dataset", "epochs", "data_sha256")
+COST_ENTRIES = ("passes_per_step", "training_pflop", "train_seconds")  # where they were written
 RUN_ENTRIES = {*MODEL_ENTRIES, *TRAINING_ENTRIES, "validation_fraction", "results"}
 
 
@@ -111,6 +113,8 @@ def evaluate(
         for statistic in {"model", *statistics}
     }
 
+    spoiled = corrupted_classes(model, test.images, batch_size=batch_size, seed=seed)
+
     # ---- Attacks ---------------------------------------------------------------------
     outcomes = suite.run(
         model,
@@ -173,7 +177,10 @@ def evaluate(
             **{key: about[key] for key in MODEL_ENTRIES},
             "weights_sha256": hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest(),
         },
-        training={key: about[key] for key in TRAINING_ENTRIES},
+        training={
+            **{key: about[key] for key in TRAINING_ENTRIES},
+            **{key: about[key] for key in COST_ENTRIES if key in about},
+        },
         dataset=test_set,
         seed=seed,
         clean_error=card.rate(predicted != test.labels),
@@ -191,6 +198,9 @@ def evaluate(
         figures=_draw(folder, outcomes, images, scores, curves, detection, other),
         versions=runs.versions(*_libraries(trials)),
         note=note,
+        corruption_error={
+            name: card.rate(classes != test.labels) for name, classes in spoiled.items()
+        },
     )
     page.write(result, folder)
     return result

@@ -17,8 +17,8 @@ from tvkeras.evaluation import suite
 from tvkeras.evaluation.case import Check
 from tvkeras.evaluation.suite import Outcome
 
-SCHEMA = 3  # 1 had no audit, 2 no note
-READABLE = (2, 3)
+SCHEMA = 4  # 1 had no audit, 2 no note, 3 no corruptions
+READABLE = (2, 3, 4)
 EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
 
@@ -182,6 +182,7 @@ class Card:
         figures: File beside the card, by caption: "distances.png" and the like.
         versions: Of the packages.
         note: What a reader should know besides the figures, such as why they fall short.
+        corruption_error: On the clean test images, spoiled without malice, by corruption.
         schema: Version of this format.
 
     Raises:
@@ -204,6 +205,7 @@ class Card:
     figures: dict[str, str]
     versions: dict[str, str]
     note: str = ""
+    corruption_error: dict[str, Rate] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -261,7 +263,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict) and dataclasses.is_dataclass(kind):
         make: Any = kind
         kinds = typing.get_type_hints(kind)
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        unset = dataclasses.MISSING
+        fields = dataclasses.fields(kind)
+        needed = {f.name for f in fields if f.default is unset and f.default_factory is unset}
         if not needed <= value.keys() <= kinds.keys():
             raise ValueError(f"{where} must have {sorted(needed)}, got {sorted(value)}.")
         return make(**{name: _read(kinds[name], value[name], f"{where}.{name}") for name in value})

@@ -31,6 +31,7 @@ def body(card: Card) -> str:
         *_warning(card),
         *_introduction(card),
         *_worst_case(card),
+        *_corruptions(card),
         *_audit(card),
         *_attacks(card),
         *_gradients(card),
@@ -81,8 +82,18 @@ def _introduction(card: Card) -> list[str]:
         f"says; seed {card.seed}. Errors are in % of images; in parentheses 95 % Wilson "
         "intervals, for the choice of test images alone.",
         "",
+        *([_THREAT, ""] if card.schema > _BEFORE_THREATS else []),
         *([text(card.note), ""] if card.note else []),
     ]
+
+
+_BEFORE_THREATS = 3  # pages of cards up to this schema stay as they were published
+_THREAT = (
+    "Threat model: the attacker knows the model and its weights, chooses any change of an image "
+    "that is at most ε long in the norm named and keeps its pixels in [0, 1], and wants any wrong "
+    "class. Attacks on decisions or scores alone know less; they are there to find gradients that "
+    "mislead."
+)
 
 
 def _worst_case(card: Card) -> list[str]:
@@ -112,6 +123,22 @@ def _worst_case(card: Card) -> list[str]:
             ],
         )
     return lines
+
+
+def _corruptions(card: Card) -> list[str]:
+    if not card.corruption_error:
+        return []
+    return [
+        "## Without an attacker",
+        "",
+        f"Error on the {card.clean_error.n:,} clean images after a corruption of middling "
+        "strength; a defence against small perturbations need not help here.",
+        "",
+        *table(
+            ["corruption", "error, %"],
+            [[text(name), _percent(error)] for name, error in card.corruption_error.items()],
+        ),
+    ]
 
 
 def _audit(card: Card) -> list[str]:
@@ -269,6 +296,7 @@ def _bounds(card: Card) -> list[str]:
 def _metadata(card: Card) -> list[str]:
     """Front matter in the form of Hugging Face's `model-index`."""
     lines = ["---", "library_name: keras", "tags: [adversarial-robustness, tvkeras]"]
+    lines += ["license: apache-2.0"] if card.schema > _BEFORE_THREATS else []
     lines += ["model-index:", f"- name: {json.dumps(card.name)}", "  results:"]
     lines += ["  - task: {type: image-classification}"]
     dataset = _scalar(str(card.training["dataset"]), r"\w+")

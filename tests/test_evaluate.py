@@ -201,9 +201,29 @@ def test_the_worst_case_is_the_smallest_distance_over_attacks_of_one_norm():
     np.testing.assert_array_equal(suite.worst_case([pgd, ddn], "l2"), [0.3, 0.2, 0.1])
     assert len(suite.worst_case([pgd, ddn], "linf")) == 0
     assert suite.broken(np.array([0.3, 0.2, np.inf]), "1/5").tolist() == [False, True, False]
+    few = dataclasses.replace(TRIALS[1], name="few", supplementary=True)
+    slow = suite.Outcome(trial=few, results={"": result([0.1])})
+    np.testing.assert_array_equal(suite.worst_case([pgd, slow, ddn], "l2"), [0.1, 0.2, 0.1])
+    np.testing.assert_array_equal(suite.worst_case([slow], "l2"), [0.1])
     report = card.attack_report(ddn, ("1/5",))
     assert report.error["1/5"].value == 0.5
     assert report.median_distance == 0.25
+
+
+def test_a_page_names_the_attacks_that_met_fewer_images():
+    def report(name, count):
+        return card.AttackReport(
+            name=name,
+            settings="",
+            norm="l2",
+            error={"1/2": card.rate(np.arange(count) < 2)},
+            median_distance=None,
+            median_queries=1.0,
+        )
+
+    shown = page.render(by_hand(attacks=(report("PGD", 40), report("HopSkipJump", 5))))
+    assert "HopSkipJump met 5 of them, and counts there." in shown
+    assert "PGD met" not in shown
 
 
 def test_an_interval_covers_its_rate():

@@ -102,7 +102,7 @@ def _worst_case(card: Card) -> list[str]:
         "",
         "The figure to quote. An image counts as soon as any attack in the norm breaks it, or if "
         "it is misclassified without (ε = 0); over the first images, those that all of the "
-        "attacks met. Other attacks may find more.",
+        f"attacks met. {_fewer(card)}Other attacks may find more.",
         "",
     ]
     for worst in card.worst_case:
@@ -123,6 +123,18 @@ def _worst_case(card: Card) -> list[str]:
             ],
         )
     return lines
+
+
+def _fewer(card: Card) -> str:
+    """Names the supplementary attacks."""
+    counts = {worst.norm: worst.clean_error.n for worst in card.worst_case}
+    named = [
+        f"{text(report.name)} met {rate.n} of them, and counts there. "
+        for report in card.attacks
+        for rate in list(report.error.values())[:1]
+        if rate.n < counts.get(report.norm, 0)
+    ]
+    return "".join(named)
 
 
 def _corruptions(card: Card) -> list[str]:

@@ -27,6 +27,8 @@ class Trial:
         attack: The attack.
         epsilons: Radii for an attack that takes one: numbers, or text such as "8/255".
         images: How many of the first images it attacks; all if there are fewer.
+        supplementary: Whether the worst case is over the images of the other trials, and
+            this one counts where it attacked them: for a slow attack on a few.
 
     Raises:
         ValueError: For an illegal argument.
@@ -36,6 +38,7 @@ class Trial:
     attack: Attack
     epsilons: tuple[float | str, ...] = ()
     images: int = 1000
+    supplementary: bool = False
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -127,14 +130,18 @@ def run(
 def worst_case(outcomes: Sequence[Outcome], norm: str) -> np.ndarray:
     """Smallest perturbation that any attack in `norm` found for each example.
 
-    Over the first images that all of them attacked: shape `(count,)`, inf where no
-    attack succeeded; empty if no attack measures in `norm`.
+    Over the first images that all of them attacked, but for supplementary trials: shape
+    `(count,)`, inf where no attack succeeded; empty if no attack measures in `norm`.
     """
-    distances = [o.distance for o in outcomes if o.trial.attack.norm == norm]
-    if not distances:
+    measured = [o for o in outcomes if o.trial.attack.norm == norm]
+    if not measured:
         return np.zeros(0)
-    count = min(map(len, distances))
-    return np.min([distance[:count] for distance in distances], axis=0)
+    deciding = [o for o in measured if not o.trial.supplementary] or measured
+    worst = np.full(min(len(o.distance) for o in deciding), np.inf)
+    for outcome in measured:
+        distance = outcome.distance[: len(worst)]
+        worst[: len(distance)] = np.minimum(worst[: len(distance)], distance)
+    return worst
 
 
 def broken(distances: np.ndarray, epsilon: float | str) -> np.ndarray:

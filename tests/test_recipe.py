@@ -52,7 +52,7 @@ def test_biases_do_not_decay_and_have_their_own_rate():
     optimizer.build(classifier.trainable_variables)
     classifier.set_weights([weights + 1 for weights in classifier.get_weights()])
     values = {v.path: keras.ops.convert_to_numpy(v).copy() for v in classifier.trainable_variables}
-    optimizer.apply([keras.ops.ones_like(v) for v in classifier.trainable_variables])
+    optimizer.apply([keras.ops.ones(v.shape) for v in classifier.trainable_variables])
     for variable in classifier.trainable_variables:
         rate = 6.4 if variable.name == "beta" else 0.1
         decay = 0.0 if variable.name in ("beta", "gamma", "bias") else 0.1 * 0.5

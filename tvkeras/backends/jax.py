@@ -82,7 +82,7 @@ def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], An
         )
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, update.gradients, trainable)
     with keras.StatelessScope(zip(model.optimizer.variables, optimizer, strict=True)):
-        step = model.optimizer.iterations.value
+        step = keras.ops.convert_to_tensor(model.optimizer.iterations)
     trainable, non_trainable = model.average_weights(step, trainable, non_trainable)
     with keras.StatelessScope(zip(model.metrics_variables, metrics, strict=True)) as scope:
         logs = model.compute_logs(update, images, labels, sample_weight)

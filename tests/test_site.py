@@ -144,7 +144,7 @@ def copied(tmp_path, monkeypatch):
 
 CHANGES = {
     "no JSON": (None, "JSONDecodeError"),
-    "newer": ({"schema": 9}, "reads (2, 3)"),
+    "newer": ({"schema": 9}, "reads (2, 3, 4)"),
     "another's": ({"name": "javascript:alert(1)//"}, "is that of"),
     "elsewhere": ({"figures": {"a": "/etc/hostname"}}, "got '/etc/hostname'"),
     "above": ({"figures": {"a": "../digits_undefended/distances.png"}}, "must be files beside"),

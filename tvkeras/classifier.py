@@ -185,7 +185,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 "tvkeras.data.Batches(examples, batch_size, seed, augmentation=augmentation), got "
                 f"x={x!r:.80}. Use flip=True for other data."
             )
-        if not int(self.optimizer.iterations):
+        if self.averages and not int(ops.convert_to_numpy(self.optimizer.iterations)):
             for average, v in zip(self.averages, _floating(self.classifier), strict=False):
                 average.assign(ops.convert_to_numpy(v))  # which may have been loaded since
         x, y = self._admitted(x, y, "x", "y")

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from benchmarks.common import Clock, described
 from tvkeras import attacks, zoo
-from tvkeras.attacks.base import example_losses, input_gradient
+from tvkeras.inference import CompiledClassifier, example_losses, input_gradient
 
 EPSILONS = {"l2": 0.5, "linf": 8 / 255}
 STEPS = 20
@@ -42,7 +42,7 @@ def groups() -> dict[str, dict[str, Call]]:
     noise = np.random.default_rng(0).normal(0, 0.02, images.shape)
     images = np.clip(images + noise, 0, 1).astype("float32")
     classifier = zoo.load(_ENTRY.value)
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     labels = model.logits(images).argmax(axis=1)
     wrapped = foolbox.TensorFlowModel(classifier, bounds=(0, 1), device="/CPU:0")
     tensors = tf.constant(images), tf.constant(labels)

@@ -28,6 +28,7 @@ from absl import app, flags
 import tvkeras.data
 from benchmarks.common import Clock, described
 from tvkeras import attacks, config, runs
+from tvkeras.inference import CompiledClassifier
 from tvkeras.train import train
 
 MODEL = {"activation": "gelu", "width": 8}
@@ -79,7 +80,7 @@ def folders() -> Iterator[tuple[pathlib.Path, dict[str, float]]]:
         yield run_dir, radii
 
 
-def ours(case: Case, model: attacks.AttackedClassifier) -> Outcome:
+def ours(case: Case, model: CompiledClassifier) -> Outcome:
     """Runs our suites; the first call compiles."""
     suite = attacks.AutoAttack(norm=case.norm)
     version, members = suite.members(10)
@@ -119,7 +120,7 @@ def published(case: Case) -> Outcome:
 
 def compare(case: Case) -> None:
     """Prints a table."""
-    model = attacks.AttackedClassifier(case.classifier)
+    model = CompiledClassifier(case.classifier)
     first = ours(case, model)
     turns = [(ours(case, model), published(case)) for _ in range(_ROUNDS.value)]
     seconds = [

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tvkeras import zoo
-from tvkeras.attacks import AttackedClassifier
+from tvkeras.inference import CompiledClassifier
 
 BATCH = 8  # images in a call of the model, always: another number would be compiled anew
 PAUSE = 0.001  # seconds in which others may join a call
@@ -36,7 +36,7 @@ class Guard:
     """A classifier and its detector, for images that come one by one."""
 
     def __init__(self, name: str) -> None:
-        self._model = AttackedClassifier(zoo.load(name))  # keeps what is compiled
+        self._model = CompiledClassifier(zoo.load(name))  # keeps what is compiled
         self._detector = zoo.detector(name)
         self.shape = self._model.classifier.input_shape[1:]
         self._waiting: list[np.ndarray] = []

@@ -20,9 +20,10 @@ import numpy as np
 
 from tests.conftest import net, prepared
 from tests.resumable import ending, kill
-from tvkeras import backends, config, data, recorder
+from tvkeras import backends, config, data
 from tvkeras import train as tvkeras_train
-from tvkeras.averaging import Lookahead
+from tvkeras.training import recorder
+from tvkeras.training.averaging import Lookahead
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf

@@ -11,10 +11,10 @@ import keras
 from keras import layers
 
 from tvkeras import checkpoint
-from tvkeras.averaging import Lookahead
-from tvkeras.losses import SmoothedCrossentropy
-from tvkeras.recorder import Recorder
-from tvkeras.validation import RobustValidation
+from tvkeras.training.averaging import Lookahead
+from tvkeras.training.losses import SmoothedCrossentropy
+from tvkeras.training.recorder import Recorder
+from tvkeras.training.validation import RobustValidation
 
 EPOCHS, STEPS = 3, 10
 AUGMENTATION = tvkeras.data.Augmentation(crop=1, fill="reflect", flip="alternating", cutout=2)

@@ -8,6 +8,7 @@ import tvkeras
 from tests.conftest import batch, net
 from tvkeras import attacks, evaluation, norms
 from tvkeras.attacks.base import tempered
+from tvkeras.inference import CompiledClassifier
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 
@@ -104,7 +105,7 @@ def test_what_an_attack_reports_is_so(attack, separating):
 @pytest.mark.parametrize("attack", NATIVE, ids=str)
 def test_an_attack_is_a_function_of_its_seed_and_compiled_once(attack, separating):
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     traced = []
     perturb = type(attack).perturb
 
@@ -130,7 +131,7 @@ def test_an_attack_is_a_function_of_its_seed_and_compiled_once(attack, separatin
 @pytest.mark.parametrize("norm", sorted(norms.DUALS))
 def test_pgd_raises_the_loss_of_every_example(norm):
     classifier, (images, labels) = net(dtype="float32", batch_norm=True), batch(dtype="float32")
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     for steps in (1, 10):
         attack = attacks.ProjectedGradient(norm=norm, steps=steps)
         x_adv, _ = attack.search(model, images, labels, 0.5, seed=0)
@@ -200,14 +201,14 @@ def test_restarts_only_add_successes_and_differ_by_seed(separating):
     few, many = (a(classifier, images, labels, epsilon=0.1) for a in (once, often))
     assert np.all(many.success >= few.success)
     np.testing.assert_array_equal(many.x_adv[few.success], few.x_adv[few.success])
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     one, other = (once.search(model, images, labels, 0.1, seed)[0] for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-3
 
 
 def test_the_attack_follows_weights_that_change_later():
     classifier, (images, labels) = net(dtype="float32"), batch(dtype="float32")
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     attack = attacks.ProjectedGradient(norm="l2", steps=3)
     before, _ = attack.search(model, images, labels, 0.5, seed=0)
     classifier.set_weights([-weights for weights in classifier.get_weights()])
@@ -290,8 +291,8 @@ def test_the_classifier_itself_confirms_what_its_twin_finds(separating):
     """Here the twin has the signs of all logits wrong."""
     classifier, images, labels = separating
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attacks.base.backends, "fast_twin", lambda model: scaled(model, -1.0))
-        model = attacks.AttackedClassifier(classifier)
+        patch.setattr(tvkeras.inference.backends, "fast_twin", lambda model: scaled(model, -1.0))
+        model = CompiledClassifier(classifier)
     for attack, epsilon in (
         (attacks.ProjectedGradient(steps=3), 0.1),
         (attacks.FastMinimumNorm(steps=3), None),

@@ -11,6 +11,7 @@ from tests.test_attacks import linear
 from tvkeras import attacks, evaluation
 from tvkeras.evaluation import masking, sanity
 from tvkeras.evaluation.case import Case
+from tvkeras.inference import CompiledClassifier
 
 EPSILONS = {"l2": (0.1, 0.2, 0.4), "linf": (0.01, 0.02, 0.06)}
 COUNT = 60
@@ -122,7 +123,7 @@ def test_the_signs_in_l2(ordinary):
 
 def test_an_audit_is_json_and_a_function_of_its_seed(ordinary):
     classifier, images, labels = ordinary
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     one, other = (
         evaluation.audit(model, images[:20], labels[:20], norm="linf", epsilons=("1/50",), seed=5)
         for _ in range(2)
@@ -136,7 +137,7 @@ def test_an_audit_is_json_and_a_function_of_its_seed(ordinary):
 def case(ordinary, classifier=None, **changes):
     trained, images, labels = ordinary
     settings = {
-        "model": attacks.AttackedClassifier(classifier or trained),
+        "model": CompiledClassifier(classifier or trained),
         "images": images,
         "labels": labels,
         "attack": attacks.ProjectedGradient(norm="linf"),

@@ -8,6 +8,7 @@ from tests.conftest import BACKEND, batch, net
 from tests.test_attacks import ORDER, linear
 from tvkeras import attacks, backends
 from tvkeras.attacks import apgd, fab, square
+from tvkeras.inference import CompiledClassifier
 
 NORMS = ("l2", "linf")
 MEMBERS = {
@@ -43,7 +44,7 @@ def recording(function, calls):
 
 def perturb(attack, classifier, images, labels, epsilon, calls, seed=0):
     """What `attack` makes of one batch; `calls` gets each model call's images."""
-    randomness = attacks.AttackedClassifier(classifier).randomness(tensor(seed, "int32"))
+    randomness = CompiledClassifier(classifier).randomness(tensor(seed, "int32"))
     logits = recording(lambda x: classifier(x, training=False), calls)
     result = attack.perturb(
         logits, tensor(images), tensor(labels, "int32"), tensor(epsilon), randomness
@@ -156,7 +157,7 @@ def test_apgd_is_algorithm_1_on_a_handmade_function(norm):
 def test_dlr_is_not_blinded_by_large_logits():
     classifier, images, labels = correct_batch()
     attack = attacks.AutoPGD(norm="l2", loss="dlr", steps=10)
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     before = attack(model, images, labels, epsilon=0.2)
     *weights, kernel, bias = classifier.get_weights()
     classifier.set_weights([*weights, 1e6 * kernel, 1e6 * bias])
@@ -234,7 +235,7 @@ def test_projection_onto_a_hyperplane_within_bounds(norm):
 @pytest.mark.parametrize("attack", [attacks.AutoPGD, attacks.FastAdaptiveBoundary])
 def test_gradient_members_reach_the_boundary_of_a_linear_classifier(attack, norm):
     model, images, labels, w = linear()
-    model = attacks.AttackedClassifier(model)
+    model = CompiledClassifier(model)
     margin = 0.2 / np.linalg.norm(w, {"l2": 2, "linf": 1}[norm])
     attack = attack(norm=norm, steps=20)
     result = attack(model, images, labels, epsilon=0.99 * margin)
@@ -389,7 +390,7 @@ def cheap(monkeypatch):
 def suite_case():
     classifier, images, labels = correct_batch(14)
     labels[0] = (labels[0] + 1) % 4
-    return attacks.AttackedClassifier(classifier), images, labels
+    return CompiledClassifier(classifier), images, labels
 
 
 def test_the_suite_is_the_union_of_its_members(cheap, monkeypatch):

@@ -17,6 +17,7 @@ from tests import test_attacks
 from tests.test_attacks import ORDER, linear, scaled, separating  # noqa: F401
 from tests.test_package import python
 from tvkeras import attacks, norms
+from tvkeras.inference import CompiledClassifier
 
 IN_BALL = [
     *(attacks.CleverHansFGSM(norm=norm) for norm in norms.DUALS),
@@ -43,7 +44,7 @@ def test_an_attack_is_a_function_of_its_seed_and_compiled_once(attack, separatin
 
 def test_spsa_is_a_function_of_its_seed_and_compiled_once(separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     traced = []
 
     def counted(self, *arguments, one=attacks.CleverHansSPSA._one):
@@ -65,7 +66,7 @@ def test_spsa_is_a_function_of_its_seed_and_compiled_once(separating):  # noqa: 
 @pytest.mark.parametrize("attack", [*IN_BALL, attacks.CleverHansSPSA(steps=20)], ids=str)
 def test_the_optimum_of_a_linear_classifier(attack):
     model, images, labels, w = linear()
-    model = attacks.AttackedClassifier(model)
+    model = CompiledClassifier(model)
     margin = 0.2 / np.linalg.norm(w, ORDER[norms.dual(attack.norm)])
     below = attack(model, images, labels, epsilon=float(0.98 * margin))
     assert below.success.tolist() == [False, False, True]
@@ -77,7 +78,7 @@ def test_the_optimum_of_a_linear_classifier(attack):
 
 def test_fgsm_takes_its_step_along_the_gradient_of_a_linear_classifier():
     model, images, labels, w = linear()
-    model = attacks.AttackedClassifier(model)
+    model = CompiledClassifier(model)
     toward = w.reshape(4, 4, 1)  # the wrong class's weights less the right one's
     for norm, direction in [("l2", toward / np.linalg.norm(w)), ("linf", np.sign(toward))]:
         attack = attacks.CleverHansFGSM(norm=norm)
@@ -88,7 +89,7 @@ def test_fgsm_takes_its_step_along_the_gradient_of_a_linear_classifier():
 
 def test_pgd_from_the_image_is_bim_and_a_random_start_differs_by_seed(separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     for norm in ("l2", "linf"):
         bim = attacks.CleverHansBIM(norm=norm, steps=5)
         pgd = attacks.CleverHansPGD(norm=norm, steps=5, random_start=False)
@@ -102,7 +103,7 @@ def test_pgd_from_the_image_is_bim_and_a_random_start_differs_by_seed(separating
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_bim_is_the_native_pgd(norm, separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     bim = attacks.CleverHansBIM(norm=norm, steps=9)
     pgd = attacks.ProjectedGradient(norm=norm, steps=9)
     one, other = (a.search(model, images, labels, 0.1, seed=0)[0] for a in (bim, pgd))
@@ -151,7 +152,7 @@ def test_the_constant_of_cw_is_an_examples_own():
     several = np.concatenate([images[:2], 0.5 + 0.05 * rng.normal(size=(6, 4, 4, 1))])
     several = several.astype("float32")
     classes = model.predict(several, verbose=0).argmax(axis=1)
-    model = attacks.AttackedClassifier(model)
+    model = CompiledClassifier(model)
     together, _ = CW.search(model, several, classes, None, seed=0)
     alone, _ = CW.search(model, several[3:4], classes[3:4], None, seed=0)
     np.testing.assert_allclose(together[3], alone[0], atol=1e-5)
@@ -213,6 +214,7 @@ def test_without_tensorflow_the_package_imports_and_these_attacks_say_why_not():
 import sys
 sys.modules["tensorflow"] = None
 from tvkeras import attacks
+from tvkeras.inference import CompiledClassifier
 try:
     attacks.CleverHansPGD
 except ImportError as error:

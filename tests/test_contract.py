@@ -15,9 +15,9 @@ from keras import layers, ops
 import tvkeras
 from tests.conftest import BACKEND
 from tvkeras import attacks, bounds, contract, data, evaluation, inputs
-from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.detection import GradientNormDetector, gradient_norms
 from tvkeras.evaluation import suite
+from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.serving import Client
 
 COUNT, SHAPE, CLASSES = 6, (4, 4, 1), 4
@@ -36,7 +36,7 @@ def network(before=(), after=()):
 @functools.cache
 def shared():
     """What all cases attack: compiled once."""
-    return attacks.AttackedClassifier(network())
+    return CompiledClassifier(network())
 
 
 @functools.cache
@@ -355,7 +355,7 @@ def exporting(model, images, labels):
     tvkeras.export.export(model, "never_written")
 
 
-WRAPPING = {"wrapping": wrapping, "attacked": lambda m, x, y: attacks.AttackedClassifier(m)}
+WRAPPING = {"wrapping": wrapping, "attacked": lambda m, x, y: CompiledClassifier(m)}
 WRAPPING |= {"exporting": exporting} if BACKEND == "tensorflow" else {}
 WRAPPING |= {"audit": LABELLED["audit"]}
 
@@ -484,7 +484,7 @@ RESCALED = {  # the same classifier for images in other bounds
 
 @functools.cache
 def rescaled(pair):
-    return attacks.AttackedClassifier(RESCALED[pair](), bounds=pair)
+    return CompiledClassifier(RESCALED[pair](), bounds=pair)
 
 
 @pytest.mark.parametrize("kind", ["floats", "uint8"])
@@ -546,10 +546,10 @@ def test_bounds_change_no_penalty_and_no_training(pair, kind):
 
 def test_a_robust_classifier_is_attacked_in_its_own_bounds():
     robust = tvkeras.RobustClassifier(RESCALED[0, 255](), tvkeras.Undefended(), bounds=(0, 255))
-    model = attacks.AttackedClassifier.of(robust)
+    model = CompiledClassifier.of(robust)
     assert (model.classifier, model.bounds) == (robust.classifier, (0, 255))
     with pytest.raises(ValueError, match=r"bounds must be those of RobustClassifier, \[0, 255\]"):
-        attacks.AttackedClassifier(robust, bounds=(0, 1))
+        CompiledClassifier(robust, bounds=(0, 1))
 
 
 @pytest.mark.parametrize("name", ["pgd", "fmn", "estimated", "scores", "suite"])

@@ -2,8 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from tvkeras import attacks
 from tvkeras.evaluation import corruptions
+from tvkeras.inference import CompiledClassifier
 
 
 def by_brightness(bounds=(0, 1)):
@@ -18,7 +18,7 @@ def by_brightness(bounds=(0, 1)):
         ]
     )
     model.layers[-1].set_weights([np.array([[-9.0, 9.0]], "float32")])
-    return attacks.AttackedClassifier(model, bounds=bounds)
+    return CompiledClassifier(model, bounds=bounds)
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (0, 255)])

@@ -11,8 +11,8 @@ from keras import layers
 from tests.conftest import net
 from tests.test_attacks import linear, separating  # noqa: F401  (a fixture)
 from tvkeras import attacks, detection
-from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
+from tvkeras.inference import STATISTICS, CompiledClassifier, gradient_norm
 
 DUAL_ORDER = {"l1": np.inf, "l2": 2, "linf": 1}
 SETTINGS = {"steps": 150, "weights": 6, "initial_weight": 0.1}
@@ -46,7 +46,7 @@ def test_the_model_statistic_is_the_largest_row_of_the_jacobian():
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_false_positive_rate_holds_on_other_images(statistic):
-    model = attacks.AttackedClassifier(net(dtype="float32"))
+    model = CompiledClassifier(net(dtype="float32"))
     images = np.random.default_rng(0).random((2400, 6, 6, 2)).astype("float32")
     for rate in (0.01, 0.05, 0.2):
         detector = GradientNormDetector.fit(model, images[:1200], rate, statistic=statistic)
@@ -60,7 +60,7 @@ def test_the_false_positive_rate_holds_on_other_images(statistic):
 
 def test_images_of_large_gradient_are_detected():
     classifier, _, _, w = linear()
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     w = w.reshape(4, 4, 1)
     sides = np.linspace(-0.5, 0.5, 101)[:, None, None, None]
     images = (0.5 + sides * np.sign(w)).astype("float32")  # across the boundary
@@ -84,7 +84,7 @@ def test_roc_and_the_rates_it_allows():
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_adaptive_attack_succeeds_undetected_and_goes_farther(statistic, separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     plain = attacks.CarliniWagner(**SETTINGS)(model, images, labels)
     at_boundary = np.median(gradient_norms(model, plain.x_adv, "l2", statistic))
     detector = GradientNormDetector(

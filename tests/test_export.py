@@ -15,9 +15,9 @@ import tvkeras
 from tests.conftest import BACKEND
 from tests.test_evaluate import evaluated, run_dir  # noqa: F401  (fixtures)
 from tvkeras import data, runs
-from tvkeras.attacks.statistics import STATISTICS
 from tvkeras.detection import GradientNormDetector
 from tvkeras.export import export, run_detector
+from tvkeras.inference import STATISTICS
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are TensorFlow's")
 COUNTS = (1, 3, 17)

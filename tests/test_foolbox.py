@@ -18,6 +18,7 @@ import tensorflow as tf
 from tests import test_attacks
 from tests.test_attacks import ORDER, linear, separating  # noqa: F401
 from tvkeras import attacks, norms
+from tvkeras.inference import CompiledClassifier
 
 QUICK = [
     attacks.FoolboxBoundary(steps=40),
@@ -38,13 +39,13 @@ def test_what_an_attack_reports_is_so(attack, separating):  # noqa: F811
 
 def test_every_example_of_a_separable_set_is_broken(separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     assert QUICK[0](model, images, labels).success.all()
 
 
 def test_results_are_a_function_of_the_seed(separating):  # noqa: F811
     classifier, images, labels = separating
-    model = attacks.AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     attack = attacks.FoolboxBoundary(steps=30)
     one, again, other = (attack(model, images, labels, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.x_adv, again.x_adv)
@@ -72,7 +73,7 @@ def test_distances_of_a_linear_classifier(attack, excess):
 
 @pytest.mark.parametrize("attack", ALONG_BOUNDARY, ids=str)
 def test_the_boundary_leads_as_near_as_fmn_comes(attack, separating):  # noqa: F811
-    model = attacks.AttackedClassifier(separating[0])
+    model = CompiledClassifier(separating[0])
     fmn = attacks.FastMinimumNorm(norm=attack.norm)(model, *separating[1:])
     along = attack(model, *separating[1:])
     assert along.success.all()
@@ -109,7 +110,7 @@ def test_queries_are_the_calls_of_the_model():
     labels[2] = 0
     calls = []
 
-    class Recorded(attacks.AttackedClassifier):
+    class Recorded(CompiledClassifier):
         def logits(self, images):
             calls.append(len(images))
             return super().logits(images)
@@ -130,7 +131,7 @@ def test_queries_are_the_calls_of_the_model():
 def test_an_image_starts_from_the_nearest_one_of_another_class():
     model, images, labels, w = linear()
     toward = np.sign(w).reshape(1, 4, 4, 1)
-    model = attacks.AttackedClassifier(model)
+    model = CompiledClassifier(model)
     pool = np.concatenate([images[:1] - 0.01 * toward, images[:1] + 0.3 * toward])
     pool = np.concatenate([pool, images[:1] + 0.1 * toward]).astype("float32")
     attack = attacks.FoolboxBoundary(steps=1, pool=pool)
@@ -169,7 +170,7 @@ def test_what_the_classifier_does_not_confirm_is_no_success(attack):
 
 def test_the_gradient_is_the_models():
     model, images, _, w = linear()
-    counted = attacks.foolbox._Counted(attacks.AttackedClassifier(model))
+    counted = attacks.foolbox._Counted(CompiledClassifier(model))
     x = tf.constant(images)
     with tf.GradientTape() as tape:
         tape.watch(x)

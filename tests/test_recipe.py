@@ -9,8 +9,9 @@ import pytest
 
 import tvkeras
 from tests.conftest import assert_close, batch, net, update
-from tvkeras import backends, checkpoint, data, losses, runs, schedules, train, validation
-from tvkeras.averaging import Lookahead
+from tvkeras import backends, checkpoint, data, runs, train
+from tvkeras.training import losses, schedules, validation
+from tvkeras.training.averaging import Lookahead
 
 
 def test_a_smoothed_loss_is_the_mean_over_labels():

@@ -11,7 +11,7 @@ import pytest
 
 from tests import resumable
 from tvkeras import checkpoint, runs
-from tvkeras.recorder import Recorder, TrainingInterrupt
+from tvkeras.training.recorder import Recorder, TrainingInterrupt
 
 
 class Killed(BaseException):
@@ -230,7 +230,7 @@ def test_a_disk_that_stays_full_stops_the_run_and_loses_nothing(whole, tmp_path,
 def test_checkpoints_are_apart_by_a_multiple_of_their_cost(tmp_path, monkeypatch):
     """At most 2 % of the time goes into them, however often they are asked for."""
     clock = [0.0]
-    monkeypatch.setattr("tvkeras.recorder.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tvkeras.training.recorder.time.monotonic", lambda: clock[0])
     saved = []
 
     def save(*_, **__):

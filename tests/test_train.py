@@ -11,7 +11,8 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import checkpoint, config, data, recorder, runs, schedules, train
+from tvkeras import checkpoint, config, data, runs, train
+from tvkeras.training import recorder, schedules
 
 SMALL = [
     "train.epochs=2",

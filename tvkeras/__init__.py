@@ -16,14 +16,15 @@ if TYPE_CHECKING:
         detection,
         evaluation,
         export,
+        inference,
         models,
         norms,
         serving,
         zoo,
     )
-    from tvkeras.classifier import RobustClassifier
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
     from tvkeras.models.head import logits
+    from tvkeras.training.classifier import RobustClassifier
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ if sys.argv[:1] == ["-m"]:  # so long as Python looks for the module of `python 
 _HOMES = {
     "AdversarialTraining": "defenses",
     "Defense": "defenses",
-    "RobustClassifier": "classifier",
+    "RobustClassifier": "training.classifier",
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
@@ -59,6 +60,7 @@ __all__ = [
     "detection",
     "evaluation",
     "export",
+    "inference",
     "logits",
     "models",
     "norms",

@@ -13,8 +13,7 @@ import scipy.stats
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks import AttackedClassifier
-from tvkeras.attacks.statistics import loss_statistics
+from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.inputs import as_float
 
 Tensor = Any
@@ -43,7 +42,7 @@ class Bound:
 
 
 def estimated_bound(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -73,7 +72,7 @@ def estimated_bound(
     Reference: Finlay, Oberman & Abbasi (2019), arXiv:1808.09540.
     """
     checks.one_of("norm", norm, norms.DUALS)
-    model = AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     images = model.images(images)
     losses, classes, sizes = loss_statistics(model, images, labels, norm, batch_size)
     gap = np.maximum(np.log(2) - losses.astype(np.float64), 0)
@@ -89,7 +88,7 @@ def estimated_bound(
 
 
 def smoothed_bound(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     *,
     sigma: float,
@@ -128,7 +127,7 @@ def smoothed_bound(
     sizes = {"selection_samples": selection_samples, "samples": samples, "batch_size": batch_size}
     for name, value in sizes.items():
         checks.whole_number(name, value, minimum=1)
-    model = AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     images = as_float(model.images(images), model.bounds)
     model.logits(images[:1])  # refuses other than logits
 

@@ -8,8 +8,9 @@ from typing import Any
 import gin
 from absl import flags
 
-from tvkeras import attacks, data, defenses, schedules
+from tvkeras import attacks, data, defenses
 from tvkeras.evaluation import suite
+from tvkeras.training import schedules
 
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
 GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")

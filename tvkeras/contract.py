@@ -72,7 +72,7 @@ def check(classifier: Any, bounds: Bounds = UNIT) -> None:
         raise ValueError(
             f"classifier must take images in [0, 1], but its first layer {layer.name!r} is made "
             "for 8-bit pixels. Give its bounds, bounds=(0, 255), as in tvkeras.attacks."
-            "AttackedClassifier(classifier, bounds=(0, 255)), with images in them or uint8; or "
+            "CompiledClassifier(classifier, bounds=(0, 255)), with images in them or uint8; or "
             "drop that layer."
         )
     name, kind = last_activation(classifier)

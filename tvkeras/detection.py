@@ -8,9 +8,8 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from tvkeras import checks, norms
-from tvkeras.attacks import AttackedClassifier, EvasiveCarliniWagner
-from tvkeras.attacks.base import Logits
-from tvkeras.attacks.statistics import STATISTICS, gradient_norm
+from tvkeras.attacks import EvasiveCarliniWagner
+from tvkeras.inference import STATISTICS, CompiledClassifier, Logits, gradient_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class GradientNormDetector:
     @classmethod
     def fit(
         cls,
-        classifier: keras.Model | AttackedClassifier,
+        classifier: keras.Model | CompiledClassifier,
         clean_images: np.ndarray,
         false_positive_rate: float = 0.05,
         *,
@@ -77,7 +76,7 @@ class GradientNormDetector:
                 that vanish on so many that no threshold exists.
         """
         rate = checks.number("false_positive_rate", false_positive_rate, minimum=0.0, maximum=1.0)
-        model = AttackedClassifier.of(classifier)
+        model = CompiledClassifier.of(classifier)
         clean_images = model.images(clean_images, "clean_images")
         rank = int(rate * (len(clean_images) + 1))
         if not 1 <= rank <= len(clean_images):
@@ -97,7 +96,7 @@ class GradientNormDetector:
 
     def scores(
         self,
-        classifier: keras.Model | AttackedClassifier,
+        classifier: keras.Model | CompiledClassifier,
         images: np.ndarray,
         batch_size: int = 250,
     ) -> np.ndarray:
@@ -106,7 +105,7 @@ class GradientNormDetector:
 
     def detects(
         self,
-        classifier: keras.Model | AttackedClassifier,
+        classifier: keras.Model | CompiledClassifier,
         images: np.ndarray,
         batch_size: int = 250,
     ) -> np.ndarray:
@@ -128,7 +127,7 @@ class GradientNormDetector:
 
 
 def gradient_norms(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     norm: str,
     statistic: str,
@@ -159,7 +158,7 @@ def gradient_norms(
     def sizes(logits: Logits, images: Any) -> tuple[Any]:
         return (gradient_norm(logits, images, norm, statistic)[0],)
 
-    model = AttackedClassifier.kept(classifier)
+    model = CompiledClassifier.kept(classifier)
     key = ("gradient_norms", norm, statistic)
     return model.over(key, sizes, images, batch_size=batch_size)[0]
 

@@ -15,12 +15,12 @@ import numpy as np
 from absl import flags
 
 from tvkeras import attacks, bounds, checks, config, data, norms, runs, terminal, zoo
-from tvkeras.attacks import AttackedClassifier, AttackResult
-from tvkeras.attacks.statistics import loss_statistics
+from tvkeras.attacks import AttackResult
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 from tvkeras.evaluation import audit, card, figures, page, suite
 from tvkeras.evaluation.case import ORDERS
 from tvkeras.evaluation.corruptions import corrupted_classes
+from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.inputs import as_float
 
 FALSE_POSITIVE_RATES = (0.01, 0.05, 0.1)
@@ -91,7 +91,7 @@ def evaluate(
     _check_trials(trials, epsilons, clean_images)
     folder, run = pathlib.Path(output), pathlib.Path(run_dir)
     classifier, about = load_run(run)
-    model = AttackedClassifier(classifier)
+    model = CompiledClassifier(classifier)
     test = data.load(about["dataset"], test_split)
     test = test.take(np.arange(min(clean_images, len(test))), test_split)
     test_set = f"{about['dataset']} {test_split}"
@@ -273,7 +273,7 @@ def _load_twin(folder: pathlib.Path, test_set: str) -> _Twin:
 
 
 def _audit(
-    model: AttackedClassifier,
+    model: CompiledClassifier,
     examples: data.Examples,
     norm: str,
     epsilons: Sequence[float | str],
@@ -309,7 +309,7 @@ def _audit(
 
 def _detection(
     detector: GradientNormDetector,
-    model: AttackedClassifier,
+    model: CompiledClassifier,
     clean_scores: np.ndarray,
     images: np.ndarray,
     adversarial: Mapping[str, AttackResult],

@@ -16,9 +16,9 @@ import keras
 import tensorflow as tf
 
 from tvkeras import checks, contract, data, runs, terminal, zoo
-from tvkeras.attacks.statistics import STATISTICS, gradient_norm
 from tvkeras.detection import GradientNormDetector
 from tvkeras.evaluation import card
+from tvkeras.inference import STATISTICS, gradient_norm
 from tvkeras.inputs import Bounds
 
 Tensor = Any

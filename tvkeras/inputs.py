@@ -215,7 +215,7 @@ def out_of_bounds_hint(bounds: Bounds) -> str:
     return (
         "Divide 0-255 images by 255 (or pass them as uint8), and put any normalisation into the "
         "classifier as a layer. One with its rescaling inside is given bounds=(0, 255), as in "
-        "tvkeras.attacks.AttackedClassifier(classifier, bounds=(0, 255))."
+        "tvkeras.inference.CompiledClassifier(classifier, bounds=(0, 255))."
     )
 
 

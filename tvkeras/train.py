@@ -16,25 +16,14 @@ import keras
 import numpy as np
 from absl import flags
 
-from tvkeras import (
-    backends,
-    checks,
-    config,
-    data,
-    evaluation,
-    models,
-    norms,
-    runs,
-    schedules,
-    terminal,
-    zoo,
-)
-from tvkeras.averaging import Lookahead
-from tvkeras.classifier import RobustClassifier
+from tvkeras import backends, checks, config, data, evaluation, models, norms, runs, terminal, zoo
 from tvkeras.defenses import Defense
-from tvkeras.losses import SmoothedCrossentropy
-from tvkeras.recorder import Recorder, TrainingInterrupt
-from tvkeras.validation import RobustValidation, first_images
+from tvkeras.training import schedules
+from tvkeras.training.averaging import Lookahead
+from tvkeras.training.classifier import RobustClassifier
+from tvkeras.training.losses import SmoothedCrossentropy
+from tvkeras.training.recorder import Recorder, TrainingInterrupt
+from tvkeras.training.validation import RobustValidation, first_images
 
 TIMED_STEPS = 5
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
@@ -103,7 +92,7 @@ def train(
         jit_compile: Whether XLA compiles the step; "auto" for accelerators only.
         steps_per_execution: Steps in one call of the compiled function.
         devices: How many devices share each batch, or "all" (BUILD.md, "Many devices").
-        checkpoint_minutes: Minutes between checkpoints (see `tvkeras.recorder`).
+        checkpoint_minutes: Minutes between checkpoints (see `tvkeras.training.recorder`).
         checkpoint_steps: Steps between them instead.
         seed: Of everything random.
         norm: Threat norm of the final measurement, and of the choice of the best epoch.
@@ -122,7 +111,7 @@ def train(
         tvkeras.data.DataNotFoundError: If the data is not on this machine.
         FloatingPointError: If the loss stops being finite.
         tvkeras.backends.PeerError: If another process of the run has failed.
-        tvkeras.recorder.TrainingInterrupt: After SIGTERM or Ctrl-C, with a checkpoint.
+        tvkeras.training.recorder.TrainingInterrupt: After SIGTERM or Ctrl-C, with a checkpoint.
     """
     # ---- Arguments ----------------------------------------------------------------------
     checks.whole_number("epochs", epochs, minimum=1)

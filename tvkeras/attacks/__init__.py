@@ -9,7 +9,7 @@ from typing import Any
 
 from tvkeras.attacks.apgd import AutoPGD, dlr_losses, targeted_dlr_losses
 from tvkeras.attacks.autoattack import AutoAttack, AutoAttackResult
-from tvkeras.attacks.base import Attack, AttackedClassifier, AttackResult
+from tvkeras.attacks.base import Attack, AttackResult
 from tvkeras.attacks.carlini_wagner import CarliniWagner, EvasiveCarliniWagner
 from tvkeras.attacks.ddn import DecoupledDirectionNorm
 from tvkeras.attacks.fab import FastAdaptiveBoundary
@@ -21,7 +21,6 @@ __all__ = [
     "TENSORFLOW_ATTACKS",
     "Attack",
     "AttackResult",
-    "AttackedClassifier",
     "AutoAttack",
     "AutoAttackResult",
     "AutoPGD",

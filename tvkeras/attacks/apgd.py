@@ -11,16 +11,13 @@ from keras import ops
 from tvkeras import checks, norms
 from tvkeras.attacks.base import (
     Attack,
-    Logits,
-    Randomness,
     by_example,
     class_logits,
-    example_losses,
     example_margins,
-    input_gradient,
     misclassified,
     select,
 )
+from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
 
 Tensor = Any
 

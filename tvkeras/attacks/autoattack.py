@@ -10,9 +10,10 @@ import numpy as np
 
 from tvkeras import checks
 from tvkeras.attacks.apgd import CLASSES, AutoPGD
-from tvkeras.attacks.base import Attack, AttackedClassifier, AttackResult
+from tvkeras.attacks.base import Attack, AttackResult
 from tvkeras.attacks.fab import FastAdaptiveBoundary
 from tvkeras.attacks.square import Square
+from tvkeras.inference import CompiledClassifier
 
 VERSIONS = ("standard",)
 
@@ -80,7 +81,7 @@ class AutoAttack(Attack):
 
     def __call__(
         self,
-        classifier: keras.Model | AttackedClassifier,
+        classifier: keras.Model | CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         *,
@@ -96,7 +97,7 @@ class AutoAttack(Attack):
             The union of the members' successes; `queries` are those of all members.
         """
         self._radius(epsilon)
-        model = AttackedClassifier.of(classifier)
+        model = CompiledClassifier.of(classifier)
         images = model.images(images)
         labels = model.labels(labels, images)
         version, members = self.members(model.num_classes(images))
@@ -136,7 +137,7 @@ class _Unperturbed(Attack):
 
     def search(
         self,
-        model: AttackedClassifier,
+        model: CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         epsilon: float | None,

@@ -1,29 +1,22 @@
 """The attack protocol: classifier, images and labels in, an `AttackResult` out."""
 
-import contextlib
-import copy
 import dataclasses
 import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import backends, checkpoint, checks, contract, inputs, norms
+from tvkeras import checkpoint, checks, norms
+from tvkeras.inference import CompiledClassifier, Logits, Randomness, Tensor, equal_batches
 from tvkeras.inputs import UNIT, as_float
 
-Tensor = Any
-Logits = Callable[[Tensor], Tensor]
-
 ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy calls the norms
-
-_DRAWS_PER_STEP = 1024
-_KEPT = "_tvkeras_attacked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,213 +58,6 @@ class AttackResult:
         )
 
 
-class AttackedClassifier:
-    """A classifier in inference mode and the functions compiled for it.
-
-    Make one where several attacks, or one at several radii, meet the same classifier:
-    each attack is then compiled once for each shape of batch. Weights that change
-    later are followed.
-
-    A classifier with its rescaling inside has bounds=(0, 255): attacks, detection,
-    bounds and audit are then given images in those bounds, and return such. Radii,
-    steps and distances are in units of [0, 1] all the same, for what is compiled
-    (`compiled`, `logits`) sees images in [0, 1] alone; they are mapped in there.
-
-    Args:
-        classifier: Maps images to logits.
-        bounds: Of its images; by default [0, 1], or those of a `RobustClassifier`.
-
-    Raises:
-        ValueError: If the classifier is unbuilt, takes integers, is made for images in
-            other bounds, or ends in a softmax.
-    """
-
-    def __init__(self, classifier: keras.Model, bounds: tuple[float, float] | None = None) -> None:
-        self.classifier, self.own_bounds = contract.unwrapped(classifier, bounds)
-        self.bounds = self.own_bounds  # of the images given, other than in `unit`
-        self._twin = backends.fast_twin(self.classifier)
-        self._generator = keras.random.SeedGenerator(0)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._num_classes: dict[tuple[int, ...], int] = {}
-        self._checked = False
-
-    def compiled(
-        self, key: Any, function: Callable[..., Any], *, own: bool = False
-    ) -> Callable[..., Any]:
-        """`function` compiled, for calls with arrays; the same one for the same `key`.
-
-        Args:
-            key: What the function depends on, hashable, such as an attack.
-            function: Called as `function(logits, *tensors)` where `logits` maps images
-                in [0, 1] to logits in inference mode; returns a structure of tensors.
-            own: Whether `logits` calls the classifier itself, for what must hold of it,
-                and not its faster twin, for a search.
-
-        Returns:
-            Maps arrays to a structure of arrays.
-        """
-        key = (key, own)
-        if key not in self._compiled:
-            model = self.classifier if own else self._twin
-
-            def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
-                def logits(images: Tensor) -> Tensor:
-                    native = self.own_bounds.native(images)
-                    outputs = model.stateless_call(trainable, state, native, training=False)[0]
-                    return ops.cast(outputs, images.dtype)
-
-                return function(logits, *tensors)
-
-            self._compiled[key] = backends.compiled(pure)
-        compiled = self._compiled[key]
-
-        def call(*arrays: Any) -> Any:
-            weights = [variable.value for variable in self.classifier.trainable_variables]
-            state = [variable.value for variable in self.classifier.non_trainable_variables]
-            results = compiled(weights, state, *map(ops.convert_to_tensor, arrays))
-            return keras.tree.map_structure(ops.convert_to_numpy, results)
-
-        return call
-
-    @classmethod
-    def of(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
-        """`classifier` itself if it is made ready already, else made ready."""
-        return classifier if isinstance(classifier, cls) else cls(classifier)
-
-    @classmethod
-    def kept(cls, classifier: "keras.Model | AttackedClassifier") -> "AttackedClassifier":
-        """As `of`, but made ready once, for what asks the same of a classifier again and again.
-
-        It lies among the classifier's attributes and lives as long as the classifier does:
-        a table of weak references would hold both for ever, since each of the two holds the
-        other. It is made anew when variables are frozen, thawed or replaced; what a layer
-        keeps outside variables, such as its activation, must stay.
-        """
-        if isinstance(classifier, cls):
-            return classifier
-        contract.unwrapped(classifier)  # refuses what has no variables
-        model: Any = classifier
-        variables = (model.trainable_variables, model.non_trainable_variables)
-        state = [[id(variable) for variable in part] for part in variables]
-        found = vars(model).get(_KEPT)  # not by setattr, which Keras tracks
-        if found is None or found[0] != state:
-            found = vars(model)[_KEPT] = (state, cls(model))
-        return found[1]
-
-    @property
-    def unit(self) -> "AttackedClassifier":
-        """The same one for images in [0, 1], whatever its bounds; it shares what is compiled."""
-        view = copy.copy(self)
-        view.bounds = UNIT
-        return view
-
-    def images(self, images: Any, argument: str = "images") -> np.ndarray:
-        """`images` as an array, uint8 or floats, if this classifier can be given them.
-
-        Raises:
-            ValueError: As `tvkeras.inputs.images`.
-        """
-        shape = contract.image_shape(self.classifier)
-        return inputs.images(images, bounds=self.bounds, shape=shape, argument=argument)
-
-    def labels(self, labels: Any, images: np.ndarray) -> np.ndarray:
-        """`labels` as int64 `(count,)`, if they are classes of these images.
-
-        Raises:
-            ValueError: As `tvkeras.inputs.labels`.
-        """
-        return inputs.labels(labels, len(images), self.num_classes(images))
-
-    def num_classes(self, images: np.ndarray) -> int:
-        """Number of logits of such images, two or more."""
-        shape = images.shape[1:]
-        if shape not in self._num_classes:
-            self._num_classes[shape] = contract.num_classes(self.classifier, shape)
-        return self._num_classes[shape]
-
-    def over(
-        self,
-        key: Any,
-        function: Callable[..., tuple[Tensor, ...]],
-        images: np.ndarray,
-        *arrays: np.ndarray,
-        batch_size: int,
-    ) -> tuple[np.ndarray, ...]:
-        """A compiled function of all images, in batches of one shape.
-
-        Args:
-            key: As for `compiled`.
-            function: As for `compiled`; returns a tuple of tensors, a row an image.
-            images: Floats in the bounds, or uint8; shape
-                `(count, height, width, channels)`.
-            *arrays: Further arguments, a row an image.
-            batch_size: Images in a batch, at most.
-
-        Raises:
-            ValueError: For images or logits that pass no gate.
-        """
-        images = self.images(images)
-        batches = equal_batches(len(images), batch_size)
-        if not self._checked:
-            self.logits(as_float(images[batches[0]], self.bounds))
-        call = self.compiled(key, function)
-        parts = [
-            call(as_float(images[rows], self.bounds), *(array[rows] for array in arrays))
-            for rows in batches
-        ]
-        return tuple(np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True))
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """The classifier's own logits `(batch, num_classes)` of one batch in [0, 1].
-
-        Raises:
-            ValueError: If the first ones asked for are not finite, or probabilities.
-        """
-        call = self.compiled("logits", lambda logits, images: logits(images), own=True)
-        outputs = call(images)
-        if not self._checked:
-            contract.check_logits(outputs)
-            # Of a few images the logits may look so by chance: others are asked too.
-            others = np.random.default_rng(0).random(images.shape, "float32")
-            if contract.are_probabilities(outputs) and contract.are_probabilities(call(others)):
-                raise contract.probabilities_error()
-            self._checked = True
-        return outputs
-
-    def randomness(self, seed: Tensor) -> "Randomness":
-        """The random numbers of an attack with `seed`, a scalar tensor."""
-        return Randomness(self._generator, seed)
-
-    def fingerprint(self) -> bytes:
-        """A digest of the weights."""
-        digest = hashlib.sha256()
-        for weights in self.classifier.get_weights():
-            digest.update(np.ascontiguousarray(weights).data)
-        return digest.digest()
-
-
-class Randomness:
-    """Random numbers inside a compiled attack: a pure function of (seed, step).
-
-    Args:
-        generator: A seed generator to lend; its own state is never changed.
-        seed: Scalar integer tensor.
-    """
-
-    def __init__(self, generator: keras.random.SeedGenerator, seed: Tensor) -> None:
-        self._generator = generator
-        self._seed = seed
-
-    @contextlib.contextmanager
-    def at(self, step: Any) -> Iterator[keras.random.SeedGenerator]:
-        """The seed generator for `keras.random` at one step, also inside a loop."""
-        dtype = self._generator.state.dtype
-        pair = [self._seed, ops.cast(step, "int32") * _DRAWS_PER_STEP]
-        state = ops.cast(ops.stack([ops.cast(part, "int32") for part in pair]), dtype)
-        with keras.StatelessScope([(self._generator.state, state)]):
-            yield self._generator
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
     """Base of all attacks: an immutable description that is called on a classifier.
@@ -292,7 +78,7 @@ class Attack:
 
     def __call__(
         self,
-        classifier: keras.Model | AttackedClassifier,
+        classifier: keras.Model | CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         *,
@@ -323,7 +109,7 @@ class Attack:
                 another attack.
         """
         radius = self._radius(epsilon)
-        model = AttackedClassifier.of(classifier)
+        model = CompiledClassifier.of(classifier)
         images = model.images(images)
         labels = model.labels(labels, images)
         batches = equal_batches(len(labels), batch_size)
@@ -353,7 +139,7 @@ class Attack:
 
     def search(
         self,
-        model: AttackedClassifier,
+        model: CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         epsilon: float | None,
@@ -390,7 +176,7 @@ class Attack:
         raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
 
     def fools(
-        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+        self, model: CompiledClassifier, images: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
         """Which images are a success: misclassified, and what else a subclass demands.
 
@@ -413,7 +199,7 @@ class Attack:
 
     def _batch(
         self,
-        model: AttackedClassifier,
+        model: CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         epsilon: float | None,
@@ -436,19 +222,13 @@ class Attack:
         }
 
     def _identity(
-        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray, settings: Any
+        self, model: CompiledClassifier, images: np.ndarray, labels: np.ndarray, settings: Any
     ) -> str:
         bounds = () if model.bounds == UNIT else (model.bounds,)
         digest = hashlib.sha256(repr((self, settings, images.shape, *bounds)).encode())
         for content in (np.ascontiguousarray(images).data, labels.data, model.fingerprint()):
             digest.update(content)
         return digest.hexdigest()
-
-
-def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, shape `(batch,)`."""
-    losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-    return ops.cast(losses, logits.dtype)
 
 
 def class_logits(logits: Tensor, classes: Tensor) -> Tensor:
@@ -506,39 +286,6 @@ def by_example(values: Tensor) -> Tensor:
 def select(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """The images of `one` where `mask`, shape `(batch,)`, is true, else those of `other`."""
     return ops.where(by_example(mask), one, other)
-
-
-def input_gradient(
-    logits: Logits, images: Tensor, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of each example and their gradient with respect to its image.
-
-    Args:
-        logits: Maps images to logits.
-        images: Shape `(batch, height, width, channels)`.
-        loss: Maps logits to losses of shape `(batch,)`.
-
-    Returns:
-        Losses `(batch,)`, logits `(batch, num_classes)`, and the gradient, shape of
-        `images`.
-    """
-
-    def total(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        outputs = logits(images)
-        losses = loss(outputs)
-        return ops.sum(losses), (losses, outputs)
-
-    (_, (losses, outputs)), (gradient,) = backends.value_and_gradient(total, (images,))
-    return losses, outputs, gradient
-
-
-def equal_batches(count: int, batch_size: int) -> list[np.ndarray]:
-    """Row numbers of nearly equal batches of one shape; the last row fills the last one."""
-    checks.whole_number("batch_size", batch_size, minimum=1)
-    size = -(-count // -(-count // batch_size))
-    return [
-        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
-    ]
 
 
 def distances(x_adv: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:

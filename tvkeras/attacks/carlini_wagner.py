@@ -7,16 +7,15 @@ import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    AttackedClassifier,
+from tvkeras.attacks.base import Attack, clearly_misclassified, example_margins, select
+from tvkeras.inference import (
+    STATISTICS,
+    CompiledClassifier,
     Logits,
     Randomness,
-    clearly_misclassified,
-    example_margins,
-    select,
+    gradient_norm,
+    measured,
 )
-from tvkeras.attacks.statistics import STATISTICS, gradient_norm, measured
 
 Tensor = Any
 
@@ -200,7 +199,7 @@ class EvasiveCarliniWagner(CarliniWagner):
         checks.one_of("detector_norm", self.detector_norm, norms.DUALS)
 
     def fools(
-        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+        self, model: CompiledClassifier, images: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
         """Which images are misclassified and unnoticed."""
         sizes = measured(model, images, self.detector_norm, self.statistic)

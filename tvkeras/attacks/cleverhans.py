@@ -15,7 +15,8 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, Randomness, tempered
+from tvkeras.attacks.base import Attack, tempered
+from tvkeras.inference import CompiledClassifier, Logits, Randomness
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -363,7 +364,7 @@ class CleverHansSPSA(Attack):
 
     def search(
         self,
-        model: AttackedClassifier,
+        model: CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         epsilon: float | None,

@@ -7,17 +7,8 @@ from typing import Any, ClassVar
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    Logits,
-    Randomness,
-    by_example,
-    clearly_misclassified,
-    example_losses,
-    input_gradient,
-    select,
-    tempered,
-)
+from tvkeras.attacks.base import Attack, by_example, clearly_misclassified, select, tempered
+from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
 
 Tensor = Any
 

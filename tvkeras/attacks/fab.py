@@ -6,16 +6,8 @@ from typing import Any, ClassVar
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    Logits,
-    Randomness,
-    by_example,
-    class_logits,
-    input_gradient,
-    misclassified,
-    select,
-)
+from tvkeras.attacks.base import Attack, by_example, class_logits, misclassified, select
+from tvkeras.inference import Logits, Randomness, input_gradient
 
 Tensor = Any
 

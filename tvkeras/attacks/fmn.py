@@ -7,16 +7,8 @@ from typing import Any, ClassVar
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    Logits,
-    Randomness,
-    clearance,
-    clearly_misclassified,
-    example_margins,
-    input_gradient,
-    select,
-)
+from tvkeras.attacks.base import Attack, clearance, clearly_misclassified, example_margins, select
+from tvkeras.inference import Logits, Randomness, input_gradient
 
 Tensor = Any
 

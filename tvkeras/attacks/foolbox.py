@@ -15,7 +15,8 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, inputs
-from tvkeras.attacks.base import Attack, AttackedClassifier, Logits, input_gradient
+from tvkeras.attacks.base import Attack
+from tvkeras.inference import CompiledClassifier, Logits, input_gradient
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -83,7 +84,7 @@ class _FoolboxAttack(Attack):
 
     def search(
         self,
-        model: AttackedClassifier,
+        model: CompiledClassifier,
         images: np.ndarray,
         labels: np.ndarray,
         epsilon: float | None,
@@ -109,7 +110,7 @@ class _FoolboxAttack(Attack):
         return x_adv, queries
 
     def prepared(
-        self, model: AttackedClassifier, images: np.ndarray, labels: np.ndarray
+        self, model: CompiledClassifier, images: np.ndarray, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rows to attack, those that are right and have a start, and all rows' starts."""
         pool = images if self.pool is None else self.pool
@@ -269,7 +270,7 @@ class FoolboxBrendelBethge(_FoolboxAttack):
 class _Counted:
     """A classifier as Foolbox calls it, its gradient compiled, its calls counted."""
 
-    def __init__(self, model: AttackedClassifier) -> None:
+    def __init__(self, model: CompiledClassifier) -> None:
         self._model = model
         self.calls = 0
 

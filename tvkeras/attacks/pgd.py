@@ -6,16 +6,8 @@ from typing import Any, ClassVar
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    Logits,
-    Randomness,
-    example_losses,
-    input_gradient,
-    misclassified,
-    select,
-    tempered,
-)
+from tvkeras.attacks.base import Attack, misclassified, select, tempered
+from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
 
 Tensor = Any
 

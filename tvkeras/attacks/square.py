@@ -9,15 +9,8 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
-    Logits,
-    Randomness,
-    by_example,
-    example_margins,
-    misclassified,
-    select,
-)
+from tvkeras.attacks.base import Attack, by_example, example_margins, misclassified, select
+from tvkeras.inference import Logits, Randomness
 
 Tensor = Any
 

@@ -7,10 +7,11 @@ import keras
 import numpy as np
 
 from tvkeras import checks
-from tvkeras.attacks import AttackedClassifier, ProjectedGradient
+from tvkeras.attacks import ProjectedGradient
 from tvkeras.attacks.apgd import CLASSES
 from tvkeras.evaluation import masking, sanity
 from tvkeras.evaluation.case import ORDERS, Case, Check
+from tvkeras.inference import CompiledClassifier
 from tvkeras.inputs import as_float
 
 PRECONDITIONS = (
@@ -57,7 +58,7 @@ class Audit:
 
 
 def audit(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -66,7 +67,7 @@ def audit(
     seed: int = 0,
     steps: int = 20,
     relative_step: float | None = None,
-    surrogate: keras.Model | AttackedClassifier | None = None,
+    surrogate: keras.Model | CompiledClassifier | None = None,
     batch_size: int = 250,
 ) -> Audit:
     """Checks the classifier, PGD's results on it, and looks for signs of gradient masking.
@@ -97,7 +98,7 @@ def audit(
     Reference: Athalye et al. (2018), arXiv:1802.00420; Carlini et al. (2019),
     arXiv:1902.06705.
     """
-    model = AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     radii = sorted({checks.epsilon(epsilon) for epsilon in checks.sequence("epsilons", epsilons)})
     if not radii or radii[0] <= 0:
         raise ValueError(f"epsilons must be radii above 0, at least one, got {epsilons!r}.")

@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras.attacks import Attack, AttackedClassifier, AttackResult, ProjectedGradient
+from tvkeras.attacks import Attack, AttackResult, ProjectedGradient
+from tvkeras.inference import CompiledClassifier
 
 ORDERS = {"l2": 2, "linf": np.inf}
 
@@ -41,7 +42,7 @@ def graded(name: str, figure: float, warn: float, fail: float, advice: str) -> C
 class Case:
     """What the checks look at: a classifier, images in [0, 1], PGD and its results."""
 
-    model: AttackedClassifier
+    model: CompiledClassifier
     images: np.ndarray
     labels: np.ndarray
     attack: ProjectedGradient
@@ -60,7 +61,7 @@ class Case:
         return self.predict(images).argmax(axis=1) != self.labels
 
     def run(
-        self, attack: Attack, epsilon: float | None, model: keras.Model | AttackedClassifier
+        self, attack: Attack, epsilon: float | None, model: keras.Model | CompiledClassifier
     ) -> AttackResult:
         """Runs an attack on all images."""
         return attack(
@@ -79,7 +80,7 @@ class Case:
     def by_batch(
         self, key: Any, function: Callable[..., Any], images: np.ndarray, *arrays: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """A compiled `function(logits, *tensors)` of all images: see `AttackedClassifier`."""
+        """A compiled `function(logits, *tensors)` of all images: see `CompiledClassifier`."""
         return self.model.over(key, function, images, *arrays, batch_size=self.batch_size)
 
     def few(self, share: float) -> float:

@@ -7,8 +7,7 @@ import numpy as np
 from keras import ops
 from scipy import ndimage
 
-from tvkeras.attacks import AttackedClassifier
-from tvkeras.attacks.base import Logits, Tensor
+from tvkeras.inference import CompiledClassifier, Logits, Tensor
 from tvkeras.inputs import as_float
 
 # The third of the five severities that the reference has for 32x32 images. Its brightness is
@@ -28,7 +27,7 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] 
 
 
 def corrupted_classes(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     *,
     batch_size: int = 250,
@@ -48,7 +47,7 @@ def corrupted_classes(
 
     Reference: Hendrycks & Dietterich (2019), arXiv:1903.12261.
     """
-    model = AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     clean = as_float(model.images(images), model.bounds)
 
     def predict(logits: Logits, images: Tensor) -> tuple[Tensor]:

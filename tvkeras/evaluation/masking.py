@@ -10,15 +10,10 @@ from keras import ops
 from scipy import stats
 
 from tvkeras import norms
-from tvkeras.attacks import (
-    Attack,
-    AttackedClassifier,
-    AutoPGD,
-    FastMinimumNorm,
-    Square,
-)
-from tvkeras.attacks.base import Logits, Randomness, misclassified, select
+from tvkeras.attacks import Attack, AutoPGD, FastMinimumNorm, Square
+from tvkeras.attacks.base import misclassified, select
 from tvkeras.evaluation.case import ORDERS, Case, Check, graded
+from tvkeras.inference import CompiledClassifier, Logits, Randomness
 
 Tensor = Any
 
@@ -81,7 +76,7 @@ def rescaled_logits(case: Case) -> Check:
     margins = np.diff(np.sort(case.logits, axis=1)[:, -2:], axis=1)
     scale = keras.layers.Rescaling(1 / max(float(np.median(margins)), 1e-30), dtype="float32")
     rescaled = keras.Model(classifier.inputs, scale(classifier.outputs[0]))
-    model = AttackedClassifier(rescaled, case.model.own_bounds).unit
+    model = CompiledClassifier(rescaled, case.model.own_bounds).unit
     result = case.run(case.attack, case.decisive, model)
     advice = "The logits' scale hides the gradient: attack rescaled logits, or the margin."
     return _missed(case, "rescaled_logits", case.only_by_other(result.success), advice)
@@ -104,9 +99,9 @@ def margin_loss(case: Case) -> Check:
     return graded("margin_loss", figure, few, max(few, DISAGREEMENT), advice)
 
 
-def transfer(case: Case, surrogate: keras.Model | AttackedClassifier) -> Check:
+def transfer(case: Case, surrogate: keras.Model | CompiledClassifier) -> Check:
     """Share of images that PGD fools only by way of the surrogate, at the decisive epsilon."""
-    x_adv = case.run(case.attack, case.decisive, AttackedClassifier.of(surrogate).unit).x_adv
+    x_adv = case.run(case.attack, case.decisive, CompiledClassifier.of(surrogate).unit).x_adv
     advice = "Another model's gradients serve better than its own: they are masked."
     return _missed(case, "transfer", case.only_by_other(case.wrong(x_adv)), advice)
 

@@ -6,14 +6,14 @@ from typing import Any
 import keras
 
 from tvkeras import attacks, inputs, norms
-from tvkeras.attacks.statistics import loss_statistics
 from tvkeras.data import Examples
+from tvkeras.inference import CompiledClassifier, loss_statistics
 
 PGD_STEPS = 20
 
 
 def measure(
-    classifier: keras.Model | attacks.AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     examples: Examples,
     *,
     norm: str = "l2",
@@ -39,7 +39,7 @@ def measure(
         `images` images; `fgsm_error` and `pgd_error`, by radius as text, over
         `attacked_images`.
     """
-    model = attacks.AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     losses, predicted, sizes = loss_statistics(
         model, examples.images, examples.labels, norm, batch_size
     )

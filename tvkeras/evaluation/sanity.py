@@ -7,8 +7,9 @@ import numpy as np
 from keras import ops
 
 from tvkeras.attacks.apgd import CLASSES
-from tvkeras.attacks.base import Logits, class_logits, example_losses, input_gradient
+from tvkeras.attacks.base import class_logits
 from tvkeras.evaluation.case import ORDERS, Case, Check, graded
+from tvkeras.inference import Logits, example_losses, input_gradient
 
 Tensor = Any
 

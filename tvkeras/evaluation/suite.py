@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from tvkeras import checks
-from tvkeras.attacks import Attack, AttackedClassifier, AttackResult
+from tvkeras.attacks import Attack, AttackResult
+from tvkeras.inference import CompiledClassifier
 
 # A distance is measured in float32: it counts as within epsilon up to this.
 ROUNDING = 1e-4
@@ -72,7 +73,7 @@ class Outcome:
 
 
 def run(
-    classifier: keras.Model | AttackedClassifier,
+    classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
     labels: np.ndarray,
     trials: Sequence[Trial],
@@ -102,7 +103,7 @@ def run(
     names = [trial.name for trial in trials]
     if len(set(names)) < len(names):
         raise ValueError(f"trials must have different names, got {names}.")
-    model = AttackedClassifier.of(classifier)
+    model = CompiledClassifier.of(classifier)
     images = model.images(images)
     labels = model.labels(labels, images)
     outcomes = []

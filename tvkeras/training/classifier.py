@@ -9,11 +9,11 @@ import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks, contract, inputs
-from tvkeras.averaging import Lookahead
 from tvkeras.defenses import Defense, TrainingBatch, Update
 from tvkeras.inputs import Bounds
-from tvkeras.losses import SmoothedCrossentropy
-from tvkeras.watch import Guard, Watch, named_errors
+from tvkeras.training.averaging import Lookahead
+from tvkeras.training.losses import SmoothedCrossentropy
+from tvkeras.training.watch import Guard, Watch, named_errors
 
 Tensor = Any
 
@@ -39,7 +39,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             training step, such as `tvkeras.data.Augmentation()`; None for none.
         seed: Seed of the augmentation's and the defence's random numbers.
         averaging: An average of the weights that training goes on from, such as
-            `tvkeras.averaging.Lookahead(steps=...)`; None for none.
+            `tvkeras.training.averaging.Lookahead(steps=...)`; None for none.
         ramp_steps: Steps over which the defence's weights grow linearly to their values.
         bounds: Pixel values of black and white in the classifier's images.
         **kwargs: `name` and `dtype` of a `keras.Model`.

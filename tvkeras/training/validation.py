@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from tvkeras import attacks, checks, data
+from tvkeras.inference import CompiledClassifier
 
 ATTACKED_IMAGES = 1000
 STEPS = 5
@@ -53,6 +54,6 @@ class RobustValidation(keras.callbacks.Callback):
         """Attacks the classifier as it is now, unless its loss is lost."""
         if logs is None or not math.isfinite(logs["loss"]):
             return
-        model = attacks.AttackedClassifier.kept(self.model)  # as `model` is asked for, JAX's too
+        model = CompiledClassifier.kept(self.model)  # as `model` is asked for, JAX's too
         result = self._attack(model, self._images, self._labels, epsilon=self._epsilon)
         logs["val_robust_accuracy"] = result.robust_accuracy

@@ -35,7 +35,7 @@ class Recorder(keras.callbacks.Callback):
     """Logs, keeps the best weights and the state, and stops on a lost loss or a signal.
 
     The best weights are those of the highest held-out accuracy: robust, where
-    `tvkeras.validation.RobustValidation` measures it before, else clean.
+    `tvkeras.training.validation.RobustValidation` measures it before, else clean.
 
     The state is written to `checkpoints/last` when it is due, the one before it is kept
     as `checkpoints/previous`. It holds all that the next step depends on: weights,

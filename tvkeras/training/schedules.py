@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from tvkeras import checks
-from tvkeras.averaging import Lookahead
+from tvkeras.training.averaging import Lookahead
 
 Tensor = Any
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule

@@ -1,0 +1,1 @@
+"""How a classifier is trained: the Keras model that does, its optimizer, records and averages."""

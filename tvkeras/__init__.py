@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
     from tvkeras.models.head import logits
     from tvkeras.training.classifier import RobustClassifier
+    from tvkeras.training.fine_tune import defend
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "defend": "training.fine_tune",
     "logits": "models.head",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "attacks",
     "bounds",
     "data",
+    "defend",
     "detection",
     "evaluation",
     "export",

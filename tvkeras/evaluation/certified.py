@@ -1,4 +1,4 @@
-"""What is proved of a classifier under noise, beside what attacks leave standing."""
+"""What is certified of a classifier under noise, beside what attacks leave standing."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -44,9 +44,9 @@ def accuracy_curves(
     distances: Mapping[str, np.ndarray],
     path: pathlib.Path,
 ) -> None:
-    """Draws accuracy against l2 radius: what is proved, and what attacks leave standing.
+    """Draws accuracy against l2 radius: what is certified, and what attacks leave standing.
 
-    The proof is about the smoothed classifier. Attacks on the classifier inside it are an
+    The certificate is the smoothed classifier's. Attacks on the classifier inside it are an
     upper limit for that one alone; on what the smoothed one is worth they say nothing.
 
     Args:
@@ -65,7 +65,8 @@ def accuracy_curves(
     rates = list(certified_accuracy(bound, labels, radii.tolist()).values())
     figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    name = f"proved, under noise of {bound.sigma:g} ({len(bound.radius)} images)"
+    sure = f"certified at {100 * bound.confidence:g} %"
+    name = f"{sure}, under noise of {bound.sigma:g} ({len(bound.radius)} images)"
     axes.plot(radii, [100 * r.value for r in rates], label=name)
     axes.fill_between(radii, [100 * r.low for r in rates], [100 * r.high for r in rates], alpha=0.2)
     for name, values in distances.items():

@@ -17,7 +17,9 @@ from tvkeras.training.recorder import Recorder
 from tvkeras.training.validation import RobustValidation
 
 EPOCHS, STEPS = 3, 10
-AUGMENTATION = tvkeras.data.Augmentation(crop=1, fill="reflect", flip="alternating", cutout=2)
+AUGMENTATION = tvkeras.data.Augmentation(
+    crop=1, fill="reflect", flip="alternating", cutout=2, noise=0.1
+)
 
 
 def kill():

@@ -105,9 +105,7 @@ UNLABELLED = {
     "scores": lambda m, x, _: DETECTOR.scores(m, x),
     "detects": lambda m, x, _: DETECTOR.detects(m, x),
     "detector": lambda m, x, _: GradientNormDetector.fit(m, x, 0.3),
-    "smoothed": lambda m, x, _: bounds.smoothed_bound(
-        m, x, sigma=0.1, selection_samples=4, samples=20, batch_size=10
-    ),
+    "smoothed": lambda m, x, _: bounds.Smoothed(m, 0.1).certify(x, samples=20),
 }
 FIT = {"batch_size": 2, "verbose": 0, "shuffle": False}
 TRAINED = {

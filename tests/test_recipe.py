@@ -9,8 +9,8 @@ import pytest
 
 import tvkeras
 from tests.conftest import assert_close, batch, net, update
-from tvkeras import backends, checkpoint, data, runs, train
-from tvkeras.training import losses, schedules, validation
+from tvkeras import backends, checkpoint, data, runs
+from tvkeras.training import losses, schedules, settings, validation
 from tvkeras.training.averaging import Lookahead
 
 
@@ -244,8 +244,8 @@ def test_robust_validation_is_the_short_attack_on_held_out_images(digits):
 def test_automatic_precision_keeps_the_rules_of_the_step(has, monkeypatch):
     monkeypatch.setattr(backends, "computes_in_bfloat16", lambda: has)
     long, short = tvkeras.TVLipschitz(fd_step=0.1), tvkeras.TVLipschitz(fd_step=0.01)
-    assert train._fastest(long) == ("mixed_bfloat16" if has else "float32")
-    assert train._fastest(short) == "float32"
+    assert settings.Execution().policy(long) == ("mixed_bfloat16" if has else "float32")
+    assert settings.Execution().policy(short) == "float32"
 
 
 def test_airbench_is_whitened_by_its_images_and_begins_as_the_identity():

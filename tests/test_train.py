@@ -11,21 +11,21 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import checkpoint, config, data, runs, train
+from tvkeras import checkpoint, config, data, runs
 from tvkeras.training import recorder, schedules
+from tvkeras.training.loop import train
 
 SMALL = [
-    "train.epochs=2",
-    "train.model_arguments={'width': 4}",
-    "train.epsilons=(0.5,)",
-    "train.attacked_images=60",
+    "Recipe.epochs=2",
+    "Network.arguments={'width': 4}",
+    "Task.epsilons=(0.5,)",
+    "Task.attacked_images=60",
 ]
 
 
 def run(run_dir, *bindings, file="gin/digits_tv_lip.gin", **arguments):
-    configured = config.configurable(train.train)
     config.bind([file], [*SMALL, *bindings])
-    return configured(run_dir=str(run_dir), **arguments)
+    return train(run_dir, **config.settings(), **arguments)
 
 
 def log(run_dir):
@@ -41,7 +41,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     sums = {split: data.load("digits", split).checksum for split in ("train", "test")}
     assert description["data_sha256"] == sums
     assert description["versions"]["backend"] == BACKEND
-    assert "train.epochs = 2" in (tmp_path / "config.gin").read_text()
+    assert "Recipe.epochs = 2" in (tmp_path / "config.gin").read_text()
     assert "one_cycle.warmup = 0.2" in (tmp_path / "config.gin").read_text()  # a default
     rows = log(tmp_path)
     assert [row["epoch"] for row in rows] == ["0", "1"]
@@ -53,7 +53,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     "precision", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
 )
 def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path, precision):
-    report = run(tmp_path, f"train.precision='{precision}'")
+    report = run(tmp_path, f"Execution.precision='{precision}'")
     assert keras.config.dtype_policy().name == "float32"
     classifier = tvkeras.models.build("small_cnn", 10, width=4)
     classifier.load_weights(tmp_path / "best.weights.h5")
@@ -70,7 +70,7 @@ def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path,
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Two epochs and two more are the same as four, to the last bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    bindings = ("train.epochs=4", "train.augmentation=@Augmentation()", "Augmentation.cutout=2")
+    bindings = ("Recipe.epochs=4", "Recipe.augmentation=@Augmentation()", "Augmentation.cutout=2")
     run(whole, *bindings)
     recorded = recorder.Recorder.on_epoch_end
 
@@ -97,12 +97,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"-train.batch_size = 64\n\+train.batch_size = 32"):
-        run(tmp_path, "train.batch_size=32")
+    with pytest.raises(ValueError, match=r"-Recipe.batch_size = 64\n\+Recipe.batch_size = 32"):
+        run(tmp_path, "Recipe.batch_size=32")
 
 
 def test_what_gin_does_not_know_is_compared_too(tmp_path):
-    config = "train.seed = 0"
+    config = "Recipe.seed = 0"
     runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
     runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
     with pytest.raises(ValueError, match=r"another configuration:\n-data_sha256 = 1\n\+.* = 2\n"):
@@ -174,16 +174,19 @@ def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("train.epochs='3'", "epochs must be a whole number"),
-        ("train.model='resnext35'", "Did you mean 'resnext34'"),
-        ("train.batch_size=5000", "batch_size must be <= 1293"),
-        ("train.validation_fraction=1.0", "fraction must be a number"),
-        ("train.norm='L2'", "Did you mean 'l2'"),
-        ("train.epsilons=(0.5)", "epsilons must be a tuple"),
-        ("train.epsilons=('a',)", "epsilons must be a number or a fraction"),
-        ("train.attacked_images=0", "attacked_images must be a whole number >= 1"),
-        ("train.model_arguments={'wdth': 4}", "Did you mean 'width'"),
-        ("train.precision='bfloat16'", "precision must be one of .*Did you mean 'mixed_bfloat16'"),
+        ("Recipe.epochs='3'", "epochs must be a whole number"),
+        ("Network.name='resnext35'", "Did you mean 'resnext34'"),
+        ("Recipe.batch_size=5000", "batch_size must be <= 1293"),
+        ("Task.validation_fraction=1.0", "fraction must be a number"),
+        ("Task.norm='L2'", "Did you mean 'l2'"),
+        ("Task.epsilons=(0.5)", "epsilons must be a tuple"),
+        ("Task.epsilons=('a',)", "epsilons must be a number or a fraction"),
+        ("Task.attacked_images=0", "attacked_images must be a whole number >= 1"),
+        ("Network.arguments={'wdth': 4}", "Did you mean 'width'"),
+        (
+            "Execution.precision='bfloat16'",
+            "precision must be one of .*Did you mean 'mixed_bfloat16'",
+        ),
     ],
 )
 def test_bad_settings_stop_before_training(binding, message, tmp_path):
@@ -216,9 +219,9 @@ def command(*arguments, **environment):
 
 @pytest.mark.slow
 def test_the_command_line_reports_errors_in_one_message(tmp_path):
-    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=train.epoch=1")
+    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=Recipe.epoch=1")
     assert failed.returncode == 1
-    assert "error: Configurable 'train' doesn't have a parameter named 'epoch'" in failed.stderr
+    assert "error: Configurable 'Recipe' doesn't have a parameter named 'epoch'" in failed.stderr
     assert "Traceback" not in failed.stderr
     done = command(
         "--gin_file=gin/digits_undefended.gin",
@@ -235,13 +238,13 @@ def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
     monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: synthetic)
     report = run(
         tmp_path,
-        "train.model='small_cnn'",
-        "train.model_arguments={'width': 4}",
-        "train.image_size=8",
-        "train.batch_size=16",
-        "train.precision='mixed_bfloat16'",
+        "Network.name='small_cnn'",
+        "Network.arguments={'width': 4}",
+        "Task.image_size=8",
+        "Recipe.batch_size=16",
+        "Execution.precision='mixed_bfloat16'",
         "TVLipschitz.fd_step=0.1",
-        "train.attacked_images=10",
+        "Task.attacked_images=10",
         file="gin/imagenet_tv.gin",
     )
     assert report["images"] == 20

@@ -434,10 +434,9 @@ def test_whatever_the_damage_the_error_is_ours(weights, classifier):
 def evaluated(tmp_path_factory):
     """A trained and evaluated run."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    settings = ["train.epochs=2", "train.model_arguments={'width': 4}", "train.epsilons=(0.5,)"]
-    configured = config.configurable(train.train)
+    settings = ["Recipe.epochs=2", "Network.arguments={'width': 4}", "Task.epsilons=(0.5,)"]
     config.bind(["gin/digits_undefended.gin"], settings)
-    configured(run_dir=str(folder))
+    train.train(folder, **config.settings())
     pgd = attacks.ProjectedGradient(steps=5)
     evaluate.evaluate(
         run_dir=str(folder),

@@ -25,7 +25,7 @@ from tvkeras import checkpoint, defenses, models
 from tvkeras.defenses import Defense
 
 # Settings that change when and where, not what, a run computes: a continuation may differ in them.
-FREE_SETTINGS = ("train.checkpoint_minutes", "train.checkpoint_steps", "train.download")
+FREE_SETTINGS = ("Execution.checkpoint_minutes", "Execution.checkpoint_steps", "Task.download")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ from tvkeras.training.loop import train as tvkeras_train
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
+    from tvkeras.training import mirrored
+
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
@@ -108,8 +110,7 @@ def drawn(devices="all"):
         strategy = tf.distribute.get_strategy()
 
         def draw():
-            context = tf.distribute.get_replica_context()
-            state = backends.tensorflow.own_seed(tf.constant([5, 0], tf.int64), context)
+            state = mirrored.own_seed(tf.constant([5, 0], tf.int64))
             return tf.random.stateless_uniform((1,), state)
 
         values = strategy.experimental_local_results(strategy.run(draw))

@@ -24,7 +24,7 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
+def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4, rate=0.1):
     """Trains, or goes on; `end` is called after each step and around each replaced file."""
     data = tvkeras.data.load("digits").take(range(8 * STEPS), "few")
     random.seed(0)
@@ -41,7 +41,7 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
         averaging=Lookahead(steps=EPOCHS * STEPS, every=4),
         ramp_steps=13,
     )
-    rate = keras.optimizers.schedules.CosineDecay(0.1, EPOCHS * STEPS)
+    rate = keras.optimizers.schedules.CosineDecay(rate, EPOCHS * STEPS)
     robust.compile(
         keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_overwrite_frequency=7),
         loss=SmoothedCrossentropy(0.1),

@@ -2,24 +2,25 @@ import pathlib
 
 import gin
 import pytest
+from absl import flags
 
 import tvkeras
 from tests.conftest import BACKEND, net
-from tvkeras import config, evaluate
+from tvkeras import config, evaluate, train
 from tvkeras.defenses import Defense
 
 EVALUATIONS = sorted(pathlib.Path("gin").glob("evaluate_*.gin"))
 SUITES = sorted(pathlib.Path("gin").glob("suite_*.gin"))
 EXPERIMENTS = sorted(set(pathlib.Path("gin").glob("*_*.gin")) - {*EVALUATIONS, *SUITES})
-TALK = ("undefended", "fgsm", "tv", "tv_lip_light", "tv_lip", "tv_lip_strong", "pgd")
 
 
 def bound(name):
     return gin.query_parameter(name)
 
 
-def test_there_is_a_file_for_every_row_of_the_talk():
-    assert {f"gin/cifar_{row}.gin" for row in TALK} <= {str(path) for path in EXPERIMENTS}
+def test_importing_defines_no_flag():
+    assert train.main
+    assert not {"gin_file", "gin_param", "run_dir", "dry_run"} & set(flags.FLAGS)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
@@ -39,9 +40,6 @@ def test_every_experiment_binds(path, more):
     assert isinstance(defense, Defense)
     shortest = net(dtype="mixed_bfloat16")  # what "auto" may choose
     tvkeras.RobustClassifier(shortest, defense)  # refuses a step too short for it
-    text = path.read_text()
-    assert text.startswith("# ")
-    assert f"python -m tvkeras.train --gin_file={path}" in text
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=str)
@@ -58,8 +56,6 @@ def test_every_evaluation_binds_with_every_suite(path, more):
     trials = [reference.scoped_configurable_fn() for reference in references]
     assert len({trial.name for trial in trials}) == len(trials) >= 2
     assert {trial.attack.norm for trial in trials} <= set(bound("evaluate.epsilons"))
-    text = path.read_text()
-    assert f"python -m tvkeras.evaluate --gin_file={path}" in text
 
 
 def test_the_command_line_wins_over_files():

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 import tvkeras
 from tests.conftest import BACKEND
 from tvkeras import checkpoint, config, data, runs
-from tvkeras.training import recorder, schedules
+from tvkeras.training import schedules
 from tvkeras.training.loop import train
 
 SMALL = [
@@ -21,6 +22,13 @@ SMALL = [
     "Task.epsilons=(0.5,)",
     "Task.attacked_images=60",
 ]
+
+
+BINDINGS = (
+    "Recipe.augmentation=@Augmentation()",
+    "Augmentation.cutout=2",
+    "Execution.checkpoint_steps=20",
+)
 
 
 def run(run_dir, *bindings, file="gin/digits_tv_lip.gin", **arguments):
@@ -33,32 +41,34 @@ def log(run_dir):
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_a_complete_folder(tmp_path):
-    report = run(tmp_path)
-    description = json.loads((tmp_path / "run.json").read_text())
-    assert description["results"] == report
-    assert description["seed"] == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run, with the report it returned; its settings are `BINDINGS`."""
+    folder = tmp_path_factory.mktemp("finished")
+    return runs.Run(folder), run(folder, *BINDINGS)
+
+
+def test_a_run_leaves_a_complete_folder(finished):
+    one, report = finished
+    assert one.about["results"] == report
+    assert one.about["seed"] == 0
+    assert one.defense == tvkeras.TVLipschitz(tv_weight=1.0, lipschitz_weight=0.1, fd_step=0.5)
     sums = {split: data.load("digits", split).checksum for split in ("train", "test")}
-    assert description["data_sha256"] == sums
-    assert description["versions"]["backend"] == BACKEND
-    assert "Recipe.epochs = 2" in (tmp_path / "config.gin").read_text()
-    assert "one_cycle.warmup = 0.2" in (tmp_path / "config.gin").read_text()  # a default
-    rows = log(tmp_path)
+    assert one.about["data_sha256"] == sums
+    assert one.about["versions"]["backend"] == BACKEND
+    assert "Recipe.epochs = 2" in one.config_path.read_text()
+    assert "one_cycle.warmup = 0.2" in one.config_path.read_text()  # a default
+    rows = log(one.folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"loss", "val_accuracy", "total_variation", "lipschitz", "learning_rate"} <= set(rows[0])
-    assert (tmp_path / "tensorboard").exists() == (BACKEND == "tensorflow")
+    assert one.tensorboard_path.exists() == (BACKEND == "tensorflow")
 
 
-@pytest.mark.parametrize(
-    "precision", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
-)
-def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path, precision):
-    report = run(tmp_path, f"Execution.precision='{precision}'")
+def assert_half_size_and_as_reported(one, report):
     assert keras.config.dtype_policy().name == "float32"
-    classifier = tvkeras.models.build("small_cnn", 10, width=4)
-    classifier.load_weights(tmp_path / "best.weights.h5")
-    assert {str(w.dtype) for w in classifier.get_weights()} == {"float32"}
+    classifier = runs.Run.open(one.folder).classifier()
     for weights in classifier.get_weights():
+        assert weights.dtype == "float32"
         np.testing.assert_array_equal(weights, weights.astype("float16").astype("float32"))
     test = data.load("digits", "test")
     logits = classifier.predict(test.images.astype("float32") / 255, verbose=0)
@@ -67,38 +77,34 @@ def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path,
     assert report["loss"] == pytest.approx(float(keras.ops.mean(losses)), rel=1e-4)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Two epochs and two more are the same as four, to the last bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    bindings = ("Recipe.epochs=4", "Recipe.augmentation=@Augmentation()", "Augmentation.cutout=2")
-    run(whole, *bindings)
-    recorded = recorder.Recorder.on_epoch_end
+def test_the_published_weights_are_half_size_and_give_what_is_reported(finished):
+    assert_half_size_and_as_reported(*finished)
 
-    def interrupted(self, epoch, logs=None):
-        recorded(self, epoch, logs)
-        if epoch == 1:
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recorder.Recorder, "on_epoch_end", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts, *bindings)
+@pytest.mark.slow
+def test_a_run_in_low_precision_publishes_such_weights_too(tmp_path):
+    report = run(tmp_path, "Execution.precision='mixed_bfloat16'")
+    assert_half_size_and_as_reported(runs.Run(tmp_path), report)
+
+
+def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
+    """From the checkpoint after the first epoch the second is the same, to the last bit."""
+    whole, parts = finished[0], runs.Run(tmp_path / "parts")
+    shutil.copytree(whole.folder, parts.folder)
+    os.replace(parts.previous_checkpoint_path, parts.checkpoint_path)
+    parts.log_path.unlink()
     keras.utils.set_random_seed(123)
-    run(parts, *bindings)
-    assert (parts / "log.csv").read_text() == (whole / "log.csv").read_text()
-    found, expected = (
-        checkpoint.load(folder / "checkpoints" / "last")[0] for folder in (parts, whole)
-    )
+    run(parts.folder, *BINDINGS)
+    assert parts.log_path.read_text() == whole.log_path.read_text()
+    found, expected = (checkpoint.load(one.checkpoint_path)[0] for one in (parts, whole))
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-@pytest.mark.slow
-def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_path):
-    run(tmp_path)
+def test_another_configuration_in_the_folder_is_refused_with_the_difference(finished):
     with pytest.raises(ValueError, match=r"-Recipe.batch_size = 64\n\+Recipe.batch_size = 32"):
-        run(tmp_path, "Recipe.batch_size=32")
+        run(finished[0].folder, *BINDINGS, "Recipe.batch_size=32")
 
 
 def test_what_gin_does_not_know_is_compared_too(tmp_path):
@@ -219,6 +225,7 @@ def command(*arguments, **environment):
 
 @pytest.mark.slow
 def test_the_command_line_reports_errors_in_one_message(tmp_path):
+    assert "--gin_file" in command("--help").stdout
     failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=Recipe.epoch=1")
     assert failed.returncode == 1
     assert "error: Configurable 'Recipe' doesn't have a parameter named 'epoch'" in failed.stderr

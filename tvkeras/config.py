@@ -11,6 +11,7 @@ from absl import flags
 from tvkeras import attacks, data, defenses
 from tvkeras.evaluation import suite
 from tvkeras.training import schedules
+from tvkeras.training.averaging import Lookahead
 from tvkeras.training.settings import Execution, Network, Recipe, Task
 
 SETTINGS = {
@@ -34,7 +35,7 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     defenses.TRADES,
     defenses.TVLipschitz,
     defenses.Undefended,
-    schedules.lookahead,
+    Lookahead,
     schedules.one_cycle,
     schedules.sgd,
     schedules.step_decay,

@@ -23,19 +23,18 @@ _trainer = importlib.import_module(f"tvkeras.training.{keras.backend.backend()}"
 class RobustClassifier(contract.Wrapper, keras.Model):
     """Wraps a classifier so that `fit` minimises a defence's objective.
 
-    The wrapped `classifier` stays a plain Keras model: save it, serve it, load it
-    without tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided
-    by 255 on the way in; normalisation belongs inside the classifier, so that every
-    radius is in pixel units. A classifier with its rescaling inside, as those of
-    `keras.applications`, has bounds=(0, 255) and is given images in them; radii, steps
-    and penalties are in units of [0, 1] all the same.
+    The wrapped `classifier` stays a plain Keras model: save it, serve it, load it without
+    tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided by 255 on the way
+    in; normalisation belongs inside the classifier, so that every radius is in pixel units.
+    One with its rescaling inside, as those of `keras.applications`, has bounds=(0, 255) and is
+    given images in them; radii, steps and penalties are in units of [0, 1] all the same.
 
     Args:
         classifier: Maps images `(batch, height, width, channels)` to logits
             `(batch, num_classes)`.
         defense: What training minimises, such as `tvkeras.TVLipschitz()`.
-        augmentation: Called as `augmentation(images, seed)` inside the compiled
-            training step, such as `tvkeras.data.Augmentation()`; None for none.
+        augmentation: Called as `augmentation(images, seed)` inside the compiled step,
+            such as `tvkeras.data.Augmentation()`; None for none.
         seed: Seed of the augmentation's and the defence's random numbers.
         averaging: An average of the weights that training goes on from, such as
             `tvkeras.training.averaging.Lookahead(steps=...)`; None for none.
@@ -108,8 +107,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 it is wrapped in a `LossScaleOptimizer`.
             loss: A `keras.losses.Loss` of logits; by default
                 `SparseCategoricalCrossentropy(from_logits=True)`.
-            metrics: As in Keras.
-            **kwargs: As in Keras: `jit_compile`, `steps_per_execution`, ...
+            metrics: As in Keras, and so are `jit_compile`, `steps_per_execution`, ...
+            **kwargs: As in Keras.
 
         Raises:
             ValueError: If `loss` is no loss of logits.
@@ -138,8 +137,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         stop training within the epoch. So does a total variation that is exactly zero in
         the first steps, where no gradient reaches the images.
 
-        Before each epoch it calls `x.begin_epoch(epoch, first_batch)` where there is
-        one, as `tvkeras.data.Batches` has.
+        Before each epoch it calls `x.begin_epoch(epoch, first_batch)`, if `x` has that.
 
         Args:
             x: As in Keras.
@@ -202,7 +200,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def train_step(self, *arguments: Any) -> Any:
-        """One optimizer step, in the form that the backend's trainer calls."""
+        """One optimizer step, as the backend's trainer calls it."""
         return _trainer.train_step(self, *arguments)
 
     def test_step(self, *arguments: Any) -> Any:
@@ -234,6 +232,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         """
         buffers = self.classifier.non_trainable_variables
         images = self._as_images(images)
+        if sample_weight is not None:
+            sample_weight = ops.cast(ops.reshape(sample_weight, (-1,)), images.dtype)
         loss_scale, strength = self.optimizer.scale_loss(1.0), self._strength(images.dtype)
         step = ops.convert_to_tensor(self.optimizer.iterations)
         scope = keras.StatelessScope(zip(self.non_trainable_variables, non_trainable, strict=True))
@@ -255,7 +255,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 trainable=trainable,
                 images=images,
                 labels=_flat_labels(labels),
-                sample_weight=_as_weight(sample_weight, images),
+                sample_weight=sample_weight,
                 loss_scale=loss_scale,
                 stochastic=any("seed_generator_state" in variable.path for variable in buffers),
                 seed=self.random,
@@ -311,12 +311,9 @@ class RobustClassifier(contract.Wrapper, keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RobustClassifier":
         """The inverse of `get_config`."""
-        parts = ("classifier", "defense", "augmentation", "averaging")
-        restored = {
-            name: config[name] and keras.saving.deserialize_keras_object(config[name])
-            for name in parts
-        }
-        return cls(**{**config, **restored})
+        parts = {name: config[name] for name in ("classifier", "defense")}
+        parts |= {name: config[name] for name in ("augmentation", "averaging") if config[name]}
+        return cls(**{**config, **keras.saving.deserialize_keras_object(parts)})
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as the saved one was."""
@@ -353,9 +350,3 @@ def _flat_labels(labels: Tensor) -> Tensor:
     if len(labels.shape) == 2 and labels.shape[1] == 1:
         return ops.squeeze(labels, axis=1)
     return labels
-
-
-def _as_weight(sample_weight: Tensor | None, images: Tensor) -> Tensor | None:
-    if sample_weight is None:
-        return None
-    return ops.cast(ops.reshape(sample_weight, (-1,)), images.dtype)

@@ -45,8 +45,8 @@ def train(
         network: What is trained.
         recipe: How.
         execution: On what.
-        configuration: The settings as text, asked for when all of them were used; a run
-            goes on only with the same.
+        configuration: Returns the settings as text, when all of them were used, for the
+            folder's `config.gin`: a run goes on only with the same. By default there is none.
         dry_run: Only find the plan, with the time of a few steps.
 
     Returns:
@@ -61,9 +61,9 @@ def train(
         tvkeras.training.recorder.TrainingInterrupt: After SIGTERM or Ctrl-C, with a checkpoint.
     """
     run = Run(pathlib.Path(run_dir))
-    policy = execution.policy(recipe.defense)
     with contextlib.ExitStack() as stack:
         devices = stack.enter_context(backends.spread(execution.devices))
+        policy = execution.policy(recipe.defense)  # of those devices
         stack.enter_context(_dtype_policy(policy))
         with backends.together():
             splits = _read(task, recipe, devices)
@@ -140,7 +140,7 @@ def _build(
         recipe.defense,
         augmentation=recipe.augmentation,
         seed=recipe.seed,
-        averaging=recipe.averaging and recipe.averaging(steps, epoch_steps),
+        averaging=recipe.averaging and recipe.averaging(steps=steps, epoch_steps=epoch_steps),
         ramp_steps=round(recipe.ramp * steps),
     )
     smoothing = recipe.label_smoothing

@@ -90,8 +90,8 @@ class Recipe:
         defense: What it minimises.
         augmentation: Of the training images, inside the compiled step.
         optimizer: Maps the number of steps of the run to an optimizer.
-        averaging: Maps it, and that of an epoch, to an average of the weights
-            (`schedules.lookahead`), or None.
+        averaging: Maps `steps` and `epoch_steps`, those of the run and of an epoch, to an
+            average of the weights (`Lookahead`); None for none.
         label_smoothing: Share of a label that is spread over all classes.
         ramp: Fraction of the run over which the defence's weights grow to their values.
         epochs: Passes over the training set.
@@ -105,7 +105,7 @@ class Recipe:
     defense: Defense
     augmentation: data.Augmentation | None = None
     optimizer: Callable[[int], keras.optimizers.Optimizer] = schedules.sgd
-    averaging: Callable[[int, int], Lookahead] | None = None
+    averaging: Callable[..., Lookahead] | None = None
     label_smoothing: float = 0.0
     ramp: float = 0.0
     epochs: int = 200

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -266,34 +265,6 @@ def save_float16(classifier: keras.Model, path: pathlib.Path) -> None:
             _copy_float16(source, target)
     full.unlink()
     checkpoint.write_atomically(path, buffer.getvalue())
-
-
-def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
-    """Sets a classifier to the weights that another run ended, or stood, with.
-
-    Args:
-        classifier: Of the same architecture.
-        source: A run folder, of which the best weights are meant, or a checkpoint of a
-            run, such as `RUN_FOLDER/checkpoints/last`.
-
-    Returns:
-        The sha256 of the file.
-
-    Raises:
-        ValueError: If there is no such file.
-        checkpoint.CheckpointError: If it is damaged, or of another model.
-    """
-    path = Run(source).weights_path if source.is_dir() else source
-    if not path.is_file():
-        raise ValueError(
-            "initial_weights must be a run folder, a checkpoint in one or a name of "
-            f"tvkeras.zoo.names(), got {str(source)!r}; {path} does not exist."
-        )
-    if path.suffix == ".h5":
-        load_weights(classifier, path)
-    else:
-        checkpoint.assign_part(classifier.variables, checkpoint.load(path)[0], path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:

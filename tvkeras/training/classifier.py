@@ -43,9 +43,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
-        ValueError: If the classifier is unbuilt, takes integers, is made for images in
-            other bounds or ends in a softmax, the augmentation cannot be called, or the
-            defence's step is too small for the classifier's precision.
+        ValueError: If the classifier is unbuilt, takes integers or images in other bounds, or
+            ends in a softmax; or the defence's step is too small for its precision.
 
     Example:
     ```python
@@ -107,7 +106,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 it is wrapped in a `LossScaleOptimizer`.
             loss: A `keras.losses.Loss` of logits; by default
                 `SparseCategoricalCrossentropy(from_logits=True)`.
-            metrics: As in Keras, and so are `jit_compile`, `steps_per_execution`, ...
+            metrics: As in Keras.
             **kwargs: As in Keras.
 
         Raises:
@@ -147,10 +146,9 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If images are not finite floats in the bounds (or uint8), or not
-                of the classifier's shape; labels are no classes, or not what the loss
-                wants; the classifier's outputs are probabilities; no gradient reaches the
-                images; or if `initial_step` is no such number.
+            ValueError: If images are not finite floats in the bounds (or uint8) of the
+                classifier's shape; labels are not what the loss wants; the outputs are
+                probabilities; no gradient reaches the images; or for such an `initial_step`.
         """
         resuming.check(self, x, initial_step)
         gate.check_mirroring(self.augmentation, x)

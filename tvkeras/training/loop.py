@@ -1,6 +1,7 @@
 """`train`: a run from its settings to a measured classifier."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import random
@@ -13,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras import backends, data, evaluation, models, runs, zoo
+from tvkeras import backends, checkpoint, data, evaluation, models, runs, zoo
 from tvkeras.backends import Devices
 from tvkeras.data import Splits
 from tvkeras.runs import Run
@@ -71,27 +72,51 @@ def train(
         if dry_run:
             seconds = about["steps_per_epoch"] * _seconds_per_step(robust, splits.train)
             return {**about, "seconds_per_epoch": seconds}
-        about |= _facts(task, network, recipe, robust, splits, devices)
-        if execution.precision != "auto":
-            about["precision"] = execution.precision
+        about |= _facts(task, network, recipe, execution, robust, splits, devices)
         with backends.together():
             if devices.process == 0:
                 stack.enter_context(run.locked())
                 run.claim(configuration(), about, {"policy": policy})
+        minutes, number = execution.checkpoint_minutes, execution.checkpoint_steps
         recorder = Recorder(
-            run,
-            checkpoint_minutes=execution.checkpoint_minutes,
-            checkpoint_steps=execution.checkpoint_steps,
-            devices=devices,
+            run, checkpoint_minutes=minutes, checkpoint_steps=number, devices=devices
         )
         if not recorder.restore(robust) and network.initial_weights is not None:
             with backends.together():
-                sha256 = runs.load_start(robust.classifier, zoo.find(network.initial_weights))
+                sha256 = load_start(robust.classifier, zoo.find(network.initial_weights))
                 if devices.process == 0:
                     run.describe(initial_weights_sha256=sha256)
         if recorder.epoch < recipe.epochs:
             _fit(robust, splits, task, recipe, recorder, run)
     return _measured(run, task, splits, recorder) if devices.process == 0 else {}
+
+
+def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
+    """Sets a classifier to the weights that another run ended, or stood, with.
+
+    Args:
+        classifier: Of the same architecture.
+        source: A run folder, of which the best weights are meant, or a checkpoint of a
+            run, such as `RUN_FOLDER/checkpoints/last`.
+
+    Returns:
+        The sha256 of the file.
+
+    Raises:
+        ValueError: If there is no such file.
+        checkpoint.CheckpointError: If it is damaged, or of another model.
+    """
+    path = Run(source).weights_path if source.is_dir() else source
+    if not path.is_file():
+        raise ValueError(
+            "initial_weights must be a run folder, a checkpoint in one or a name of "
+            f"tvkeras.zoo.names(), got {str(source)!r}; {path} does not exist."
+        )
+    if path.suffix == ".h5":
+        runs.load_weights(classifier, path)
+    else:
+        checkpoint.assign_part(classifier.variables, checkpoint.load(path)[0], path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -168,11 +193,13 @@ def _facts(
     task: Task,
     network: Network,
     recipe: Recipe,
+    execution: Execution,
     robust: RobustClassifier,
     splits: Splits,
     devices: Devices,
 ) -> dict[str, Any]:
     """What decides the run's result, for its `run.json`."""
+    precision = execution.precision
     optimizer: Any = getattr(robust.optimizer, "inner_optimizer", robust.optimizer)
     return {
         "model": network.name,
@@ -195,6 +222,7 @@ def _facts(
         "initial_weights": network.initial_weights,
         "label_smoothing": recipe.label_smoothing,
         "ramp": recipe.ramp,
+        **({} if precision == "auto" else {"precision": precision}),
     }
 
 

@@ -29,7 +29,7 @@ import tvkeras.data
 from benchmarks.common import Clock, described
 from tvkeras import attacks, config, runs
 from tvkeras.inference import CompiledClassifier
-from tvkeras.train import train
+from tvkeras.training.loop import train
 
 MODEL = {"activation": "gelu", "width": 8}
 EXPERIMENTS = {
@@ -74,9 +74,8 @@ def folders() -> Iterator[tuple[pathlib.Path, dict[str, float]]]:
         return
     for file, radii in EXPERIMENTS.items():
         run_dir = pathlib.Path(_FOLDER.value) / pathlib.Path(file).stem
-        train_configured = config.configurable(train)
-        config.bind([file], [f"train.model_arguments={MODEL}"])
-        train_configured(run_dir=str(run_dir))
+        config.bind([file], [f"Network.arguments={MODEL}"])
+        train(run_dir, **config.settings())
         yield run_dir, radii
 
 

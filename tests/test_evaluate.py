@@ -40,10 +40,9 @@ SETTINGS = {
 def run_dir(tmp_path_factory):
     """A trained run."""
     folder = tmp_path_factory.mktemp("run")
-    configured = config.configurable(train.train)
-    settings = ["train.epochs=2", "train.model_arguments={'width': 4}", "train.epsilons=(0.5,)"]
+    settings = ["Recipe.epochs=2", "Network.arguments={'width': 4}", "Task.epsilons=(0.5,)"]
     config.bind(["gin/digits_undefended.gin"], settings)
-    configured(run_dir=str(folder))
+    train.train(folder, **config.settings())
     return folder
 
 
@@ -521,9 +520,8 @@ def test_the_command_ends_with_an_error_and_no_traceback(arguments, message):
 TRAINING = """
 import sys
 from tvkeras import config, train
-configured = config.configurable(train.train)
-config.bind(["gin/digits_undefended.gin"], ["train.epochs=1", "train.model_arguments={'width': 4}"])
-configured(run_dir=sys.argv[1])
+config.bind(["gin/digits_undefended.gin"], ["Recipe.epochs=1", "Network.arguments={'width': 4}"])
+train.train(sys.argv[1], **config.settings())
 """
 
 

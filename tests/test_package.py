@@ -37,9 +37,8 @@ def test_jax_trains_and_measures_without_tensorflow(tmp_path):
 import sys
 sys.modules["tensorflow"] = None  # any import of it fails
 from tvkeras import config, train
-configured = config.configurable(train.train)
-config.bind(["gin/digits_tv_lip.gin"], ["train.epochs=1", "train.model_arguments={{'width': 4}}"])
-print(configured(run_dir={str(tmp_path)!r})["clean_error"])
+config.bind(["gin/digits_tv_lip.gin"], ["Recipe.epochs=1", "Network.arguments={{'width': 4}}"])
+print(train.train({str(tmp_path)!r}, **config.settings())["clean_error"])
 """
     assert 0 <= float(python(code, "jax").splitlines()[-1]) <= 1
 

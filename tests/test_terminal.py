@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tvkeras import config, terminal, train
+from tvkeras import config, terminal
 from tvkeras.zoo import __main__ as command
 
 DIGITS = "--gin_file=gin/digits_tv_lip.gin"
@@ -31,7 +31,7 @@ def printed(*arguments, **environment):
     [
         (["tvkeras.train", "--gin_file=no.gin"], "gin file 'no.gin' does not exist"),
         (
-            ["tvkeras.train", DIGITS, "--dry_run", "--gin_param=train.augmentation=3"],
+            ["tvkeras.train", DIGITS, "--dry_run", "--gin_param=Recipe.augmentation=3"],
             "augmentation must be None or an instance",
         ),
         (["tvkeras.evaluate", "--model=nowhere"], "--gin_file must name the attacks"),
@@ -73,16 +73,15 @@ def test_importing_a_module_sets_nothing():
 
 
 def test_errors_from_gin_hold_no_addresses():
-    configured = config.configurable(train.train)
-    for binding in ("train.augmentation=3", "train.defense=@sgd"):
+    for binding in ("Recipe.augmentation=3", "Recipe.defense=@sgd"):
         config.bind(["gin/digits_tv_lip.gin"], [binding])
         with pytest.raises(ValueError, match="must be") as caught:
-            configured(run_dir="unused", dry_run=True)
+            config.settings()
         with pytest.raises(SystemExit, match="error: ") as ended:
             terminal.fail(caught.value)
         assert " at 0x" in str(caught.value)
         assert "0x" not in str(ended.value)
-        assert "In call to configurable 'train'" in str(ended.value)
+        assert "In call to configurable 'Recipe'" in str(ended.value)
 
 
 def test_a_pattern_without_a_match_is_an_error():

@@ -445,9 +445,9 @@ def main(_: list[str]) -> None:
     evaluate_configured = config.configurable(evaluate, library_attacks())
     output = _OUTPUT.value or str(pathlib.Path(_MODEL.value) / "evaluation")
     try:
-        if not config.GIN_FILE.value:
+        if not flags.FLAGS.gin_file:
             raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")
-        config.bind(config.GIN_FILE.value, config.GIN_PARAM.value)
+        config.bind(flags.FLAGS.gin_file, flags.FLAGS.gin_param)
         result = evaluate_configured(
             run_dir=str(zoo.find(_MODEL.value)),
             output=output,
@@ -467,4 +467,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    config.define_flags()
     terminal.run(main)

@@ -1,16 +1,15 @@
 import dataclasses
+import importlib.util
 
 import keras
 import numpy as np
 import pytest
 
 import tvkeras
-from tests.conftest import batch, net
+from tests.conftest import BACKEND, DUAL_ORDER, ORDER, batch, linear, net, scaled
 from tvkeras import attacks, evaluation, norms
 from tvkeras.attacks.base import tempered
 from tvkeras.inference import CompiledClassifier
-
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 
 
 def losses(classifier, images, labels):
@@ -32,9 +31,9 @@ NATIVE = [
     ),
     attacks.DecoupledDirectionNorm(steps=20),
     *(attacks.FastMinimumNorm(norm=norm, steps=20) for norm in norms.DUALS),
-    attacks.CarliniWagner(steps=20, weights=3, initial_weight=0.1),
+    attacks.CarliniWagner(steps=20, search_steps=3, initial_weight=0.1),
     *(  # a threshold that asks nothing
-        attacks.EvasiveCarliniWagner(steps=5, weights=2, threshold=1e3, statistic=statistic)
+        attacks.EvasiveCarliniWagner(steps=5, search_steps=2, threshold=1e3, statistic=statistic)
         for statistic in ("loss", "model")
     ),
     *(
@@ -50,38 +49,44 @@ NATIVE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def separating():
-    """A classifier of 6x6x2 images that is right on most of 12 random ones, and those."""
-    keras.utils.set_random_seed(0)
-    images, labels = batch(12, dtype="float32")
-    labels[0] = (labels[0] + 1) % 4
-    classifier = net(dtype="float32")
-    classifier.compile(
-        keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    classifier.fit(images, labels, epochs=60, verbose=0)
-    labels[0] = (labels[0] + 1) % 4
-    return classifier, images, labels
+COMPILED, EAGER = NATIVE, []
+if BACKEND == "tensorflow":
+    COMPILED = [
+        *NATIVE,
+        *(attacks.CleverHansFGSM(norm=norm) for norm in norms.DUALS),
+        *(
+            getattr(attacks, f"CleverHans{name}")(norm=norm, steps=9)
+            for name in ("BIM", "PGD", "MIM")
+            for norm in ("l2", "linf")
+        ),
+        attacks.CleverHansCW(steps=200, step_size=1e-2),
+        attacks.CleverHansSPSA(steps=10, samples=64),
+    ]
+if BACKEND == "tensorflow" and importlib.util.find_spec("foolbox"):
+    EAGER = [
+        attacks.FoolboxBoundary(steps=40),
+        *(
+            attacks.FoolboxHopSkipJump(norm=norm, steps=1, initial_samples=5)
+            for norm in ("l2", "linf")
+        ),
+        *(  # numba compiles each norm's solver for half a minute
+            pytest.param(attacks.FoolboxBrendelBethge(norm=norm, steps=200), marks=pytest.mark.slow)
+            for norm in norms.DUALS
+        ),
+    ]
 
 
-def linear():
-    """A two-class linear classifier of 4x4 images, three grey images, labels, and w."""
-    model = keras.Sequential(
-        [keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(2)]
-    )
-    weights = np.random.default_rng(0).normal(size=(16, 2)).astype("float32")
-    model.set_weights([weights, np.array([0.2, 0.0], "float32") - 0.5 * weights.sum(axis=0)])
-    images = np.full((3, 4, 4, 1), 0.5, "float32")
-    return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
+class Counted(keras.layers.Layer):
+    """The identity; counts the calls by Python, which a compiled function makes but once."""
+
+    calls = 0
+
+    def call(self, x):
+        Counted.calls += 1
+        return x
 
 
-def scaled(classifier, factor):
-    """`classifier` with its logits times `factor`."""
-    return keras.Model(classifier.inputs, keras.layers.Rescaling(factor)(classifier.outputs[0]))
-
-
-@pytest.mark.parametrize("attack", NATIVE, ids=str)
+@pytest.mark.parametrize("attack", [*COMPILED, *EAGER], ids=str)
 def test_what_an_attack_reports_is_so(attack, separating):
     classifier, images, labels = separating
     epsilon = {"epsilon": 0.3} if attack.fixed_epsilon else {}
@@ -102,30 +107,30 @@ def test_what_an_attack_reports_is_so(attack, separating):
     assert np.all((result.queries > 0) == ~wrong)
 
 
-@pytest.mark.parametrize("attack", NATIVE, ids=str)
+@pytest.mark.parametrize("attack", COMPILED, ids=str)
 def test_an_attack_is_a_function_of_its_seed_and_compiled_once(attack, separating):
     classifier, images, labels = separating
-    model = CompiledClassifier(classifier)
-    traced = []
-    perturb = type(attack).perturb
-
-    def counted(self, *arguments):
-        traced.append(1)
-        return perturb(self, *arguments)
-
-    arguments = {"batch_size": 4, "seed": 3}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(attack), "perturb", counted)
-        results = (
-            [
-                attack(model, images, labels, **arguments, **radius)
-                for radius in ([{"epsilon": 0.3}, {"epsilon": 0.3}, {"epsilon": "8/255"}])
-            ]
-            if attack.fixed_epsilon
-            else [attack(model, images, labels, **arguments)] * 2
-        )
-    assert len(traced) == 1
+    model = CompiledClassifier(keras.Sequential([keras.Input((6, 6, 2)), Counted(), classifier]))
+    results, calls = [], []
+    for epsilon in (0.3, 0.3, "8/255"):
+        radius = {"epsilon": epsilon} if attack.fixed_epsilon else {}
+        results.append(attack(model, images, labels, batch_size=4, seed=3, **radius))
+        calls.append(Counted.calls)
+    assert calls[0] == calls[1] == calls[2]
     np.testing.assert_array_equal(results[0].x_adv, results[1].x_adv)
+    np.testing.assert_array_equal(results[0].queries, results[1].queries)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there they can be had")
+@pytest.mark.parametrize("name", attacks.TENSORFLOW_ATTACKS)
+def test_attacks_on_tensorflow_models_say_what_they_need(name):
+    with pytest.raises(ImportError, match="set KERAS_BACKEND=tensorflow, got 'jax'"):
+        getattr(attacks, name)
+
+
+def test_an_unknown_attack_names_the_others():
+    with pytest.raises(AttributeError, match="CleverHansPGD"):
+        _ = attacks.CleverHansPDG
 
 
 @pytest.mark.parametrize("norm", sorted(norms.DUALS))
@@ -156,7 +161,7 @@ def test_pgd_finds_the_optimum_of_a_linear_classifier():
 @pytest.mark.parametrize("norm", sorted(norms.DUALS))
 def test_large_logits_lose_no_attack_on_a_linear_classifier(norm, factor):
     model, images, labels, w = linear()
-    epsilon = float(1.02 * 0.2 / np.linalg.norm(w, ORDER[norms.dual(norm)]))
+    epsilon = float(1.02 * 0.2 / np.linalg.norm(w, DUAL_ORDER[norm]))
     model = scaled(model, factor)
     assert attacks.ProjectedGradient(norm=norm)(
         model, images, labels, epsilon=epsilon
@@ -296,7 +301,7 @@ def test_the_classifier_itself_confirms_what_its_twin_finds(separating):
     for attack, epsilon in (
         (attacks.ProjectedGradient(steps=3), 0.1),
         (attacks.FastMinimumNorm(steps=3), None),
-        (attacks.EvasiveCarliniWagner(steps=3, weights=1, threshold=1e3), None),
+        (attacks.EvasiveCarliniWagner(steps=3, search_steps=1, threshold=1e3), None),
     ):
         result = attack(model, images, labels, epsilon=epsilon)
         predicted = classifier.predict(result.x_adv, verbose=0).argmax(axis=1)

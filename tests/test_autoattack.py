@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests.conftest import BACKEND, batch, net
-from tests.test_attacks import ORDER, linear
+from tests.conftest import BACKEND, ORDER, batch, linear, net
 from tvkeras import attacks, backends
 from tvkeras.attacks import apgd, fab, square
 from tvkeras.inference import CompiledClassifier

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.test_attacks import linear
+from tests.conftest import linear
 from tvkeras import bounds, norms
 
 

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from keras import layers
 
-from tests.conftest import net
-from tests.test_attacks import linear, separating  # noqa: F401  (a fixture)
+from tests.conftest import DUAL_ORDER, linear, net
 from tvkeras import attacks, detection
 from tvkeras.detection import GradientNormDetector, gradient_norms, roc
 from tvkeras.inference import STATISTICS, CompiledClassifier, gradient_norm
 
-DUAL_ORDER = {"l1": np.inf, "l2": 2, "linf": 1}
-SETTINGS = {"steps": 150, "weights": 6, "initial_weight": 0.1}
+SETTINGS = {"steps": 150, "search_steps": 6, "initial_weight": 0.1}
 
 
 @pytest.mark.parametrize("norm", sorted(DUAL_ORDER))
@@ -82,7 +80,7 @@ def test_roc_and_the_rates_it_allows():
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_the_adaptive_attack_succeeds_undetected_and_goes_farther(statistic, separating):  # noqa: F811
+def test_the_adaptive_attack_succeeds_undetected_and_goes_farther(statistic, separating):
     classifier, images, labels = separating
     model = CompiledClassifier(classifier)
     plain = attacks.CarliniWagner(**SETTINGS)(model, images, labels)
@@ -113,10 +111,12 @@ def test_evasion_costs_what_a_linear_classifier_says():
 
 def test_a_misclassified_image_that_is_detected_is_no_success():
     model, images, labels, _ = linear()
-    attack = attacks.EvasiveCarliniWagner(threshold=1.0, steps=1, weights=1)
+    attack = attacks.EvasiveCarliniWagner(threshold=1.0, steps=1, search_steps=1)
     result = attack(model, images, labels)
     assert not result.success.any()
-    assert attacks.CarliniWagner(steps=1, weights=1)(model, images, labels).success.tolist() == [
+    assert attacks.CarliniWagner(steps=1, search_steps=1)(
+        model, images, labels
+    ).success.tolist() == [
         False,
         False,
         True,

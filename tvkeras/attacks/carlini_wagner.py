@@ -22,23 +22,22 @@ Tensor = Any
 _CAUTION = 0.999  # share of the threshold aimed at: rounding must not betray a success
 
 
-class _Best(NamedTuple):
+class Best(NamedTuple):
     """The nearest success so far, its distance, and the queries made."""
 
     x_adv: Tensor
     distance: Tensor
     queries: Tensor
 
-
-class _Descent(NamedTuple):
-    """Adam's state, the loss when last compared, who goes on and who has succeeded."""
-
-    shift: Tensor
-    mean: Tensor
-    square: Tensor
-    compared: Tensor
-    running: Tensor
-    found: Tensor
+    def after(self, x_adv: Tensor, success: Tensor, images: Tensor, calls: Tensor) -> "Best":
+        """The same once `x_adv` was tried for so many model calls."""
+        distance = norms.length(x_adv - images, "l2")
+        nearer = ops.logical_and(success, distance < self.distance)
+        return Best(
+            x_adv=select(nearer, x_adv, self.x_adv),
+            distance=ops.where(nearer, distance, self.distance),
+            queries=self.queries + calls,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class CarliniWagner(Attack):
         norm: "l2".
         steps: Adam steps for each weight, at most.
         step_size: Adam's learning rate, in the space of w.
-        weights: Weights tried for each example; ten times the last until one succeeds.
+        search_steps: Weights tried for each example; ten times the last until one succeeds.
         initial_weight: The first.
 
     Raises:
@@ -65,7 +64,7 @@ class CarliniWagner(Attack):
 
     steps: int = 1000
     step_size: float = 0.01
-    weights: int = 9
+    search_steps: int = 9
     initial_weight: float = 1e-3
 
     fixed_epsilon: ClassVar[bool] = False
@@ -74,7 +73,7 @@ class CarliniWagner(Attack):
         """Checks the arguments."""
         checks.one_of("norm", self.norm, ["l2"])
         checks.whole_number("steps", self.steps, minimum=1)
-        checks.whole_number("weights", self.weights, minimum=1)
+        checks.whole_number("search_steps", self.search_steps, minimum=1)
         checks.number("step_size", self.step_size, minimum=0.0, exclusive=True)
         checks.number("initial_weight", self.initial_weight, minimum=0.0, exclusive=True)
 
@@ -93,20 +92,18 @@ class CarliniWagner(Attack):
 
         def attempt(_: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             weight, low, high, best = state
-            best, found = self._descend(logits, images, labels, weight, best)
-            low, high = ops.where(found, low, weight), ops.where(found, weight, high)
-            between = (low + ops.where(ops.isinf(high), 0.0, high)) / 2.0
-            return ops.where(ops.isinf(high), weight * 10.0, between), low, high, best
+            best, found = self.descend(logits, images, labels, weight, best)
+            return *next_weights(found, weight, low, high), best
 
         zeros = ops.zeros_like(images[:, 0, 0, 0])
-        best = _Best(images, zeros + np.inf, ops.zeros_like(labels))
+        best = Best(images, zeros + np.inf, ops.zeros_like(labels))
         state = (zeros + self.initial_weight, zeros, zeros + np.inf, best)
-        best = ops.fori_loop(0, self.weights, attempt, state)[3]
+        best = ops.fori_loop(0, self.search_steps, attempt, state)[3]
         return best.x_adv, best.queries
 
-    def _descend(
-        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, best: _Best
-    ) -> tuple[_Best, Tensor]:
+    def descend(
+        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, best: Best
+    ) -> tuple[Best, Tensor]:
         """Adam from the image: the nearest success so far, and who succeeded here."""
         start = ops.arctanh((2.0 * images - 1.0) * 0.999999)
         origin = (ops.tanh(start) + 1.0) / 2.0
@@ -118,46 +115,35 @@ class CarliniWagner(Attack):
             totals = squared + weight * losses
             return ops.sum(totals), (totals, x_adv, success, calls)
 
-        def step(number: Tensor, descent: _Descent, best: _Best) -> tuple[Any, ...]:
-            (_, aux), (gradient,) = backends.value_and_gradient(total, (descent.shift,))
+        def step(
+            number: Tensor,
+            moments: Any,
+            compared: Tensor,
+            running: Tensor,
+            found: Tensor,
+            best: Best,
+        ) -> tuple[Any, ...]:
+            (_, aux), (gradient,) = backends.value_and_gradient(total, (moments[0],))
             totals, x_adv, success, calls = aux
-            queries = best.queries + calls * ops.cast(descent.running, labels.dtype)
-            shift, mean, square = self._adam(number, descent, gradient)
-
+            calls = calls * ops.cast(running, labels.dtype)
             compares = number % -(-self.steps // 10) == 0
-            stuck = ops.logical_and(compares, totals > 0.9999 * descent.compared)
-            compared = ops.where(compares, totals, descent.compared)
-            running = ops.logical_and(descent.running, ops.logical_not(stuck))
+            stuck = ops.logical_and(compares, totals > 0.9999 * compared)
+            compared = ops.where(compares, totals, compared)
+            running = ops.logical_and(running, ops.logical_not(stuck))
             success = ops.logical_and(success, running)
-            found = ops.logical_or(descent.found, success)
-
-            distance = norms.length(x_adv - images, "l2")
-            nearer = ops.logical_and(success, distance < best.distance)
-            best_x = select(nearer, x_adv, best.x_adv)
-            best = _Best(best_x, ops.where(nearer, distance, best.distance), queries)
-            return number + 1, _Descent(shift, mean, square, compared, running, found), best
+            best = best.after(x_adv, success, images, calls)
+            moments = adam(number, gradient, moments, self.step_size)
+            return number + 1, moments, compared, running, ops.logical_or(found, success), best
 
         zeros, nobody = ops.zeros_like(images), ops.zeros_like(labels, dtype="bool")
         infinite = ops.full_like(weight, np.inf)
-        descent = _Descent(zeros, zeros, zeros, infinite, ops.logical_not(nobody), nobody)
-        _, descent, best = ops.while_loop(
-            lambda number, descent, _: ops.any(descent.running),
+        *_, found, best = ops.while_loop(
+            lambda number, moments, compared, running, *_: ops.any(running),
             step,
-            (ops.zeros((), "int32"), descent, best),
+            (ops.zeros((), "int32"), (zeros,) * 3, infinite, ops.logical_not(nobody), nobody, best),
             maximum_iterations=self.steps,
         )
-        return best, descent.found
-
-    def _adam(
-        self, number: Tensor, descent: _Descent, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's step: the new shift and the averages of the gradient and its square."""
-        time = ops.cast(number + 1, gradient.dtype)
-        mean = 0.9 * descent.mean + 0.1 * gradient
-        square = 0.999 * descent.square + 0.001 * ops.square(gradient)
-        unbiased = mean / (1.0 - ops.power(0.9, time))
-        spread = ops.sqrt(square / (1.0 - ops.power(0.999, time))) + 1e-8
-        return descent.shift - self.step_size * unbiased / spread, mean, square
+        return best, found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,3 +201,32 @@ class EvasiveCarliniWagner(CarliniWagner):
         margins = ops.maximum(example_margins(outputs, labels), 0.0)
         losses = ops.where(wrong, excess / (1.0 + excess), 1.0 + margins)
         return losses, ops.logical_and(wrong, excess == 0.0), calls
+
+
+def next_weights(
+    found: Tensor, weight: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The binary search's next weight of each example, and the bounds around it.
+
+    Args:
+        found: Whether the example was broken under `weight`, shape `(batch,)`.
+        weight: The weight just tried.
+        low: The largest that failed, at first 0.
+        high: The smallest that succeeded, at first inf.
+    """
+    low, high = ops.where(found, low, weight), ops.where(found, weight, high)
+    between = (low + ops.where(ops.isinf(high), 0.0, high)) / 2.0
+    return ops.where(ops.isinf(high), weight * 10.0, between), low, high
+
+
+def adam(
+    number: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor, Tensor], step_size: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step `number`, from 0, of Adam: what moves, and the averages of gradient and square."""
+    x, mean, square = moments
+    time = ops.cast(number + 1, gradient.dtype)
+    mean = 0.9 * mean + 0.1 * gradient
+    square = 0.999 * square + 0.001 * ops.square(gradient)
+    unbiased = mean / (1.0 - ops.power(0.9, time))
+    spread = ops.sqrt(square / (1.0 - ops.power(0.999, time))) + 1e-8
+    return x - step_size * unbiased / spread, mean, square

@@ -84,6 +84,22 @@ def linear():
     return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
 
 
+class Counted(layers.Layer):
+    """The identity; counts the calls by Python, which a compiled function makes but once."""
+
+    calls = 0
+
+    def call(self, x):
+        Counted.calls += 1
+        return x
+
+
+def counted(classifier):
+    """`classifier` behind a `Counted`."""
+    images = keras.Input(classifier.input_shape[1:])
+    return keras.Model(images, classifier(Counted()(images)))
+
+
 def scaled(classifier, factor):
     """`classifier` with its logits times `factor`."""
     return keras.Model(classifier.inputs, layers.Rescaling(factor)(classifier.outputs[0]))

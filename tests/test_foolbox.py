@@ -11,7 +11,6 @@ pytest.importorskip("foolbox")
 
 import eagerpy
 import foolbox
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -30,12 +29,6 @@ ALONG_BOUNDARY = [  # numba compiles each norm's solver for half a minute
 ]
 
 
-def test_every_example_of_a_separable_set_is_broken(separating):
-    classifier, images, labels = separating
-    model = CompiledClassifier(classifier)
-    assert QUICK[0](model, images, labels).success.all()
-
-
 def test_results_are_a_function_of_the_seed(separating):
     classifier, images, labels = separating
     model = CompiledClassifier(classifier)
@@ -43,6 +36,7 @@ def test_results_are_a_function_of_the_seed(separating):
     one, again, other = (attack(model, images, labels, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.x_adv, again.x_adv)
     assert np.abs(one.x_adv - other.x_adv).max() > 1e-4
+    assert one.success.all()
 
 
 @pytest.mark.parametrize(
@@ -161,32 +155,8 @@ def test_what_the_classifier_does_not_confirm_is_no_success(attack):
     np.testing.assert_array_equal(result.x_adv, images)
 
 
-def test_the_gradient_is_the_models():
-    model, images, _, w = linear()
-    counted = attacks.foolbox._Counted(CompiledClassifier(model))
-    x = tf.constant(images)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        outputs = counted(x)
-        difference = tf.reduce_sum(outputs[:, 1] - outputs[:, 0])
-    gradient = tape.gradient(difference, x)
-    np.testing.assert_allclose(gradient, np.broadcast_to(w.reshape(4, 4, 1), (3, 4, 4, 1)), 1e-5)
-    np.testing.assert_allclose(outputs, keras.ops.convert_to_numpy(model(images)), 1e-5)
-
-
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "tvkeras.attacks.foolbox")
     monkeypatch.setitem(sys.modules, "foolbox", None)
     with pytest.raises(ImportError, match=r"pip install 'tvkeras\[foolbox\]'"):
         _ = attacks.FoolboxBoundary
-
-
-def test_bad_arguments():
-    with pytest.raises(AttributeError, match="FoolboxBoundary"):
-        _ = attacks.FoolboxL2FMN
-    with pytest.raises(ValueError, match="norm must be one of"):
-        attacks.FoolboxBoundary(norm="linf")
-    with pytest.raises(ValueError, match="steps must be a whole number"):
-        attacks.FoolboxBoundary(steps=0)
-    with pytest.raises(ValueError, match="radius must be a number > 0"):
-        attacks.FoolboxBrendelBethge(radius=0)

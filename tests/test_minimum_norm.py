@@ -129,25 +129,3 @@ def test_queries_are_the_model_calls_made(attack):
     x, y = (keras.ops.convert_to_tensor(a[:1]) for a in (images, labels))
     _, queries = attack.perturb(logits, x, y, None, None)
     assert keras.ops.convert_to_numpy(queries).tolist() == [len(calls)]
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: attacks.DecoupledDirectionNorm(norm="linf"), "norm must be one of"),
-        (lambda: attacks.DecoupledDirectionNorm(radius_change=1.5), "radius_change must be"),
-        (lambda: attacks.FastMinimumNorm(step_size=0), "step_size must be a number > 0"),
-        (lambda: attacks.CarliniWagner(search_steps=0), "weights must be a whole number"),
-        (lambda: attacks.EvasiveCarliniWagner(threshold=0), "threshold must be a number > 0"),
-        (lambda: attacks.EvasiveCarliniWagner(threshold=1, statistic="f"), "statistic must be"),
-    ],
-)
-def test_bad_settings(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
-
-
-def test_a_minimum_distance_attack_takes_no_epsilon():
-    model, images, labels, _ = linear()
-    with pytest.raises(ValueError, match="looks for the smallest one: omit epsilon"):
-        attacks.FastMinimumNorm()(model, images, labels, epsilon=0.1)

@@ -15,9 +15,10 @@ import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks, norms
-from tvkeras.attacks.base import ORDERS, Attack, misclassified, tempered
-from tvkeras.attacks.carlini_wagner import Best, CarliniWagner, adam
-from tvkeras.inference import CompiledClassifier, Logits, Randomness
+from tvkeras.attacks.base import ORDERS, Attack, Batch
+from tvkeras.attacks.carlini_wagner import CarliniWagner, adam
+from tvkeras.attacks.parts import Nearest, misclassified, tempered
+from tvkeras.inference import Logits, Randomness, Tensor
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -31,8 +32,6 @@ from cleverhans.tf2.attacks.basic_iterative_method import basic_iterative_method
 from cleverhans.tf2.attacks.fast_gradient_method import fast_gradient_method
 from cleverhans.tf2.attacks.momentum_iterative_method import momentum_iterative_method
 from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
-
-Tensor = Any
 
 
 def _mended(function: Any, **others: Any) -> Any:
@@ -129,16 +128,14 @@ class CleverHansBIM(CleverHansFGSM):
     steps: int = 20
     relative_step: float | None = None
 
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
     function: ClassVar[Callable[..., Tensor]] = staticmethod(basic_iterative_method)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2", "linf"))
-        checks.whole_number("steps", self.steps, minimum=1)
+        super().__post_init__()
         if self.relative_step is not None:
-            checks.number(
-                "relative_step", self.relative_step, minimum=0.0, maximum=1.0, exclusive=True
-            )
+            checks.number("relative_step", self.relative_step, maximum=1.0)
 
     def settings(self) -> dict[str, Any]:
         """Length and number of steps."""
@@ -205,15 +202,10 @@ class CleverHansCW(CarliniWagner):
     initial_weight: float = 1e-2
     confidence: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        super().__post_init__()
-        checks.number("confidence", self.confidence, minimum=0.0)
-
     def descend(
-        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, best: Best
-    ) -> tuple[Best, Tensor]:
-        """Adam from the image: the nearest success so far, and who succeeded here."""
+        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, nearest: Nearest
+    ) -> tuple[Nearest, Tensor, Tensor]:
+        """Adam from the image: the nearest success so far, who succeeded here, and queries."""
         origin, zeros = tf.atanh((2 * images - 1) * 0.999999), tf.zeros_like(images)
         label = tf.one_hot(labels, logits(images).shape[1])
         pixels = {"clip_min": 0.0, "clip_max": 1.0}
@@ -227,14 +219,15 @@ class CleverHansCW(CarliniWagner):
             return total, (x_adv, outputs)
 
         def step(number: Tensor, state: tuple[Any, ...]) -> tuple[Any, ...]:
-            moments, best, found = state
+            moments, nearest, found = state
             (_, (x_adv, outputs)), (g,) = backends.value_and_gradient(loss, (moments[0],))
             success = misclassified(outputs, labels)
-            best = best.after(x_adv, success, images, tf.ones_like(labels))
-            return adam(number, g, moments, self.step_size), best, found | success
+            nearest = nearest.after(x_adv, norms.length(x_adv - images, "l2"), success)
+            return adam(number, g, moments, self.step_size), nearest, found | success
 
-        start = ((zeros, zeros, zeros), best, labels < 0)
-        return ops.fori_loop(0, self.steps, step, start)[1:]
+        start = ((zeros, zeros, zeros), nearest, labels < 0)
+        _, nearest, found = ops.fori_loop(0, self.steps, step, start)
+        return nearest, found, tf.fill(tf.shape(labels), tf.cast(self.steps, labels.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,23 +253,17 @@ class CleverHansSPSA(Attack):
     samples: int = 128
 
     fixed_epsilon: ClassVar[bool] = True
+    legal_norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("linf",))
-        checks.whole_number("steps", self.steps, minimum=1)
-        if checks.whole_number("samples", self.samples, minimum=2) % 2:
+        super().__post_init__()
+        if self.samples % 2:
             raise ValueError(f"samples must be even, got samples={self.samples}.")
 
-    def search(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Attacks one image after another inside one compiled function."""
+        model = batch.model
         draws = tf.Variable(0)  # lives as long as the function compiled first
 
         def attack(logits: Logits, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +294,7 @@ class CleverHansSPSA(Attack):
                 one, rows, parallel_iterations=1, fn_output_signature=(tf.float32, tf.int32)
             )
 
-        return model.compiled(self, attack)(images, labels, np.float32(epsilon), np.int32(seed))
+        return model.compiled(self, attack)(*batch.arrays)
 
 
 def _seeded_spsa(draws: tf.Variable, random: Randomness) -> Callable[..., Tensor]:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from tests.conftest import BACKEND, net
-from tests.test_attacks import linear
+from tests.conftest import BACKEND, linear, net
 from tvkeras import attacks, evaluation
 from tvkeras.evaluation import masking, sanity
 from tvkeras.evaluation.case import Case

@@ -29,7 +29,7 @@ SETTINGS = {
     "trials": TRIALS,
     "epsilons": EPSILONS,
     "statistics": ("loss",),
-    "evasive": {"steps": 5, "weights": 2},
+    "evasive": {"steps": 5, "search_steps": 2},
     "evasive_images": 10,
     "audited_images": 20,
     "note": "Trained briefly.",

@@ -444,7 +444,7 @@ def evaluated(tmp_path_factory):
         trials=[suite.Trial(name="PGD", attack=pgd, epsilons=(0.5, 1.0), images=30)],
         epsilons={"l2": (0.5, 1.0)},
         statistics=("loss",),
-        evasive={"steps": 5, "weights": 2},
+        evasive={"steps": 5, "search_steps": 2},
         evasive_images=10,
     )
     return folder

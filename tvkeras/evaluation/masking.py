@@ -11,7 +11,7 @@ from scipy import stats
 
 from tvkeras import norms
 from tvkeras.attacks import Attack, AutoPGD, FastMinimumNorm, Square
-from tvkeras.attacks.base import misclassified, select
+from tvkeras.attacks.parts import misclassified, select
 from tvkeras.evaluation.case import ORDERS, Case, Check, graded
 from tvkeras.inference import CompiledClassifier, Logits, Randomness
 

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from tvkeras.attacks.apgd import CLASSES
-from tvkeras.attacks.base import class_logits
+from tvkeras.attacks.parts import class_logits
 from tvkeras.evaluation.case import ORDERS, Case, Check, graded
 from tvkeras.inference import Logits, example_losses, input_gradient
 

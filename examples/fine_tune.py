@@ -1,5 +1,6 @@
 """Fine-tunes a classifier of the zoo on another data set, and keeps its defence.
 
+    export TF_ENABLE_ONEDNN_OPTS=1  # faster on CPUs without AVX-512 VNNI
     python examples/fine_tune.py [--epochs=3] [--output=digits_from_cifar.keras]
 
 The network was trained on CIFAR-10; its new task is scikit-learn's digits, enlarged to 32
@@ -12,10 +13,10 @@ import argparse
 import dataclasses
 import json
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 
+import tvkeras
 from tvkeras import data, evaluation, zoo
 
 ENTRY = "resnet9_32_tv_lip"

@@ -5,14 +5,15 @@ import pathlib
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the commands do
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import gin
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
+import tvkeras
 import tvkeras.data
 
 BACKEND = keras.backend.backend()

@@ -10,7 +10,7 @@ import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 from keras import layers
 
-from tvkeras import checkpoint
+from tvkeras import checkpoint, runs
 from tvkeras.training.averaging import Lookahead
 from tvkeras.training.losses import SmoothedCrossentropy
 from tvkeras.training.recorder import Recorder
@@ -49,7 +49,7 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
         steps_per_execution=steps_per_execution,
     )
     robust.optimizer.build(robust.trainable_variables)
-    recorder = Recorder(pathlib.Path(run_dir), checkpoint_steps=checkpoint_steps)
+    recorder = Recorder(runs.Run(pathlib.Path(run_dir)), checkpoint_steps=checkpoint_steps)
     recorder.restore(robust)
     held_out = tvkeras.data.Batches(data, 8)
     callbacks = [RobustValidation(held_out, norm="l2", epsilon=0.2), recorder]

@@ -171,7 +171,7 @@ def test_processes_that_share_no_folder_stop_and_go_on_together(tmp_path):
     )
     for name, array in whole.items():
         np.testing.assert_array_equal(stopped[name], array, err_msg=name)
-    with runs.locked(tmp_path / "whole0"):
+    with runs.Run(tmp_path / "whole0").locked():
         codes, errors = train("whole")
     assert codes == [1, 1], errors
     assert "is in use by" in errors[0]

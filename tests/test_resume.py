@@ -238,7 +238,7 @@ def test_checkpoints_are_apart_by_a_multiple_of_their_cost(tmp_path, monkeypatch
         clock[0] += 1.0
 
     monkeypatch.setattr(checkpoint, "save", save)
-    recorder = Recorder(tmp_path, checkpoint_minutes=0.0)
+    recorder = Recorder(runs.Run(tmp_path), checkpoint_minutes=0.0)
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     classifier.compile(keras.optimizers.SGD())
     recorder.set_model(classifier)
@@ -256,7 +256,7 @@ def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
     code = f"""
 import pathlib, time
 from tvkeras import runs
-with runs.locked(pathlib.Path({str(tmp_path)!r})):
+with runs.Run(pathlib.Path({str(tmp_path)!r})).locked():
     print("in", flush=True)
     time.sleep(60)
 """
@@ -266,12 +266,12 @@ with runs.locked(pathlib.Path({str(tmp_path)!r})):
         assert process.stdout.readline() == "in\n"
         with (
             pytest.raises(ValueError, match=rf"in use by process {process.pid} on "),
-            runs.locked(tmp_path),
+            runs.Run(tmp_path).locked(),
         ):
             pass
         process.kill()
         process.wait()
     unfinished = tmp_path / f".run.json.1{checkpoint.UNFINISHED}"
     unfinished.touch()
-    with runs.locked(tmp_path):  # the lock died with its holder
+    with runs.Run(tmp_path).locked():  # the lock died with its holder
         assert not unfinished.exists()

@@ -103,28 +103,44 @@ def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_
 
 def test_what_gin_does_not_know_is_compared_too(tmp_path):
     config = "train.seed = 0"
-    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
-    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
     with pytest.raises(ValueError, match=r"another configuration:\n-data_sha256 = 1\n\+.* = 2\n"):
-        runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
+        runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
 
 
 def test_other_versions_are_said_and_kept(tmp_path, monkeypatch):
-    runs.claim(tmp_path, "", {})
+    runs.Run(tmp_path).claim("", {})
     now = runs.versions()
     monkeypatch.setattr(runs, "versions", lambda: {**now, "keras": "4.0"})
     with pytest.warns(UserWarning, match=r"begun with .* goes on with .*'keras': '4.0'"):
-        runs.claim(tmp_path, "", {})
+        runs.Run(tmp_path).claim("", {})
     described = json.loads((tmp_path / "run.json").read_text())
     assert described["versions"]["keras"] == "4.0"
     assert described["earlier_versions"] == [now]
+
+
+@pytest.mark.parametrize(
+    "defense", [tvkeras.Undefended(), tvkeras.TVLipschitz(norm="linf", tv_weight="8/255")], ids=str
+)
+def test_the_defence_of_a_run_returns(defense, tmp_path):
+    for stored in (keras.saving.serialize_keras_object(defense), str(defense)):
+        run = runs.Run(tmp_path)
+        run.describe(defense=stored)
+        assert run.defense == defense
+    run.describe(defense="Undefended(")
+    with pytest.raises(ValueError, match=r"run\.json names no defence"):
+        _ = run.defense
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[]", b"3", b"\xff\xfe{}", b"[" * 100_000])
 def test_a_damaged_description_names_its_file(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     (tmp_path / "best.weights.h5").write_bytes(b"")
-    for use in (lambda: runs.load(tmp_path), lambda: runs.claim(tmp_path, "", {})):
+    for use in (
+        lambda: runs.Run.open(tmp_path).classifier(),
+        lambda: runs.Run(tmp_path).claim("", {}),
+    ):
         with pytest.raises(checkpoint.DamagedError, match=r"run\.json is damaged: .*Restore it"):
             use()
 
@@ -135,7 +151,7 @@ def test_a_description_of_no_network_names_its_file(entry, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**about, **entry}))
     (tmp_path / "best.weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match=r"run\.json describes no network"):
-        runs.load(tmp_path)
+        runs.Run.open(tmp_path).classifier()
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):

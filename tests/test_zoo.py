@@ -50,7 +50,7 @@ def origin(tmp_path_factory, classifier):
     folder = tmp_path_factory.mktemp("origin") / "small"
     folder.mkdir()
     runs.save_float16(classifier, folder / "best.weights.h5")
-    runs.describe(folder, model="small_cnn", model_arguments=ARGUMENTS, num_classes=10)
+    runs.Run(folder).describe(model="small_cnn", model_arguments=ARGUMENTS, num_classes=10)
     (folder / "card.json").write_text("{}")
     index = {"small": index_of(folder), "newer": index_of(folder, schema=store.SCHEMA + 1)}
     (folder.parent / "index.json").write_text(json.dumps(index))
@@ -151,7 +151,7 @@ def test_commands_take_a_run_or_the_name_of_an_entry(server, cache, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     pathlib.Path("small").mkdir()
     assert zoo.find("small") == cache / "small"
-    runs.describe(pathlib.Path("small"))
+    runs.Run(pathlib.Path("small")).describe()
     assert zoo.find("small") == pathlib.Path("small")
     assert zoo.find("smal") == pathlib.Path("smal")
 

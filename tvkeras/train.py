@@ -130,7 +130,7 @@ def train(
         checks.epsilon(validation_epsilon, "validation_epsilon")
     if devices != "all":
         checks.whole_number("devices", devices, minimum=1)
-    folder = pathlib.Path(run_dir)
+    run = runs.Run(pathlib.Path(run_dir))
 
     with contextlib.ExitStack() as stack:
         spread = stack.enter_context(backends.spread(devices))
@@ -203,7 +203,7 @@ def train(
             "model": model,
             "model_arguments": arguments,
             "num_classes": splits.test.num_classes,
-            "defense": str(defense),
+            "defense": keras.saving.serialize_keras_object(defense),
             "augmentation": str(augmentation),
             "optimizer": {**inner.get_config(), "name": type(inner).__name__},
             "dataset": dataset,
@@ -233,11 +233,11 @@ def train(
         # ---- Run folder ------------------------------------------------------------
         with backends.together():
             if spread.process == 0:
-                stack.enter_context(runs.locked(folder))
-                runs.claim(folder, config.operative(), facts, {"policy": policy})
-                runs.describe(folder, **cost)
+                stack.enter_context(run.locked())
+                run.claim(config.operative(), facts, {"policy": policy})
+                run.describe(**cost)
         recorder = Recorder(
-            folder,
+            run,
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
             devices=spread,
@@ -246,12 +246,12 @@ def train(
             with backends.together():
                 sha256 = runs.load_start(classifier, zoo.find(initial_weights))
                 if spread.process == 0:
-                    runs.describe(folder, initial_weights_sha256=sha256)
+                    run.describe(initial_weights_sha256=sha256)
 
         # ---- Training --------------------------------------------------------------
         callbacks: list[keras.callbacks.Callback] = [recorder]
         if keras.backend.backend() == "tensorflow":
-            board = keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False)
+            board = keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False)
             callbacks.insert(0, board)  # the recorder may stop the run at the end of an epoch
         if validation_epsilon is not None:
             check = RobustValidation(splits.validation, norm=norm, epsilon=validation_epsilon)
@@ -273,12 +273,11 @@ def train(
     if spread.process > 0:
         return {}
     classifier = build()
-    classifier.load_weights(recorder.best_path)
+    classifier.load_weights(run.weights_path)
     results = evaluation.measure(
         classifier, splits.test, norm=norm, epsilons=epsilons, attacked_images=attacked_images
     )
-    runs.describe(
-        folder,
+    run.describe(
         train_seconds=round(recorder.seconds, 1),
         writing_seconds=round(recorder.writing_seconds, 1),
         results=results,

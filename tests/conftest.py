@@ -52,6 +52,24 @@ def net(*, dtype="float64", activation="softplus", batch_norm=False, dropout=0.0
     return model
 
 
+def pooled(seed=0):
+    """A classifier of 8x8 images into 5 classes that would take images of any size."""
+    keras.utils.set_random_seed(seed)
+    images = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, activation="relu")(images)
+    normalise = layers.BatchNormalization()
+    x = layers.Conv2D(8, 3, activation="relu")(normalise(x))
+    model = keras.Model(images, layers.Dense(5)(layers.GlobalAveragePooling2D()(x)))
+    normalise.moving_mean.assign(np.linspace(-0.5, 0.5, 8))
+    normalise.moving_variance.assign(np.linspace(0.02, 0.1, 8))
+    return model
+
+
+def random_images(count, seed=0):
+    """Images for `pooled`."""
+    return np.random.default_rng(seed).random((count, 8, 8, 1)).astype("float32")
+
+
 def batch(count=8, dtype="float64", seed=0):
     """Random images and labels for `net`."""
     rng = np.random.default_rng(seed)

@@ -2,24 +2,21 @@
 
 from absl import flags
 
-from tvkeras import runs, saved_model, terminal, zoo
+from tvkeras import saved_model, terminal, zoo
 from tvkeras.inference import STATISTICS
+from tvkeras.runs import Run
 
 
 def main(_: list[str]) -> None:
     """Parse and call."""
     given = flags.FLAGS
-    folder = zoo.find(given.model)
-    classifier, about = runs.load(folder)
+    run = Run.open(zoo.find(given.model))
     detector = saved_model.run_detector(
-        folder,
-        classifier,
-        about,
-        statistic=given.statistic,
-        false_positive_rate=given.false_positive_rate,
+        run, statistic=given.statistic, false_positive_rate=given.false_positive_rate
     )
-    version = given.version
-    target = saved_model.export(classifier, given.output, detector=detector, version=version)
+    target = saved_model.export(
+        run.classifier(), given.output, detector=detector, version=given.version
+    )
     print(f"{detector}\nexported: {target}")
 
 

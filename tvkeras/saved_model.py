@@ -19,6 +19,7 @@ from tvkeras.detection import GradientNormDetector
 from tvkeras.evaluation import card
 from tvkeras.inference import STATISTICS, gradient_norm
 from tvkeras.inputs import Bounds
+from tvkeras.runs import Run
 
 Tensor = Any
 
@@ -160,12 +161,7 @@ def _in_bounds(images: Tensor) -> Tensor:
 
 
 def run_detector(
-    run_dir: str | os.PathLike[str],
-    classifier: keras.Model,
-    about: Mapping[str, Any],
-    *,
-    statistic: str = "loss",
-    false_positive_rate: float | None = None,
+    run: Run, *, statistic: str = "loss", false_positive_rate: float | None = None
 ) -> GradientNormDetector:
     """The detector of a run or a zoo entry.
 
@@ -174,9 +170,7 @@ def run_detector(
     out of its training.
 
     Args:
-        run_dir: The run folder.
-        classifier: The run's, see `tvkeras.runs.load`.
-        about: What `run.json` says.
+        run: The run.
         statistic: "loss" or "model".
         false_positive_rate: Share of clean images to reject; None for the card's
             detector, or 0.05.
@@ -186,14 +180,13 @@ def run_detector(
         tvkeras.data.DataNotFoundError: If the run's data is not on this machine.
     """
     checks.one_of("statistic", statistic, STATISTICS)
-    run = pathlib.Path(run_dir)
-    if false_positive_rate is None and (measured := card.find(run)):
-        weights = hashlib.sha256((run / "best.weights.h5").read_bytes()).hexdigest()
+    if false_positive_rate is None and (measured := card.find(run.folder)):
+        weights = hashlib.sha256(run.weights_path.read_bytes()).hexdigest()
         for report in measured.detection:
             if report.statistic == statistic and measured.model["weights_sha256"] == weights:
                 return GradientNormDetector(
                     norm="l2", statistic=statistic, threshold=report.threshold
                 )
+    about, rate = run.about, 0.05 if false_positive_rate is None else false_positive_rate
     _, held_out = data.held_out(data.load(about["dataset"], "train"), about["validation_fraction"])
-    rate = 0.05 if false_positive_rate is None else false_positive_rate
-    return GradientNormDetector.fit(classifier, held_out.images, rate, statistic=statistic)
+    return GradientNormDetector.fit(run.classifier(), held_out.images, rate, statistic=statistic)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from tvkeras import checkpoint, checks, runs
+from tvkeras import checkpoint, checks
+from tvkeras.runs import Run
 from tvkeras.zoo import probe, store
 from tvkeras.zoo.store import DownloadError
 
@@ -55,7 +56,7 @@ def load(name: str) -> keras.Model:
         classifier = tvkeras.zoo.load("resnet9_32_tv_lip")
         classifier.predict(images).argmax(axis=1)
     """
-    return runs.load(store.folder(name, "run.json", "best.weights.h5"))[0]
+    return Run.open(store.folder(name, "run.json", "best.weights.h5")).classifier()
 
 
 def card(name: str) -> "Card":

@@ -9,12 +9,12 @@ the penalty is the one they were trained with. Without it, fine-tuning forgets r
 the script trains both ways and prints both.
 """
 
-import argparse
 import dataclasses
 import json
 
 import keras
 import numpy as np
+from absl import app, flags
 
 import tvkeras
 from tvkeras import data, evaluation, zoo
@@ -48,14 +48,9 @@ def fine_tune(defense: tvkeras.Defense, training: data.Examples, epochs: int) ->
     return classifier
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Trains with and without the penalty, prints the errors, saves the robust one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, help="Training images; default: all.")
-    parser.add_argument("--output", default="digits_from_cifar.keras")
-    given = parser.parse_args()
-
+    given = flags.FLAGS
     training = enlarged(data.load("digits", "train"))
     if given.images:
         training = training.take(np.arange(given.images), "few")
@@ -70,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_integer("epochs", 3, "Of each way.")
+    flags.DEFINE_integer("images", None, "Training images; default: all.")
+    flags.DEFINE_string("output", "digits_from_cifar.keras", "File of the robust one.")
+    app.run(main)

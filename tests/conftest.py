@@ -1,7 +1,9 @@
 """Fixtures shared by all tests; the backend is the one of KERAS_BACKEND."""
 
+import contextlib
 import os
 import pathlib
+import resource
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -50,6 +52,17 @@ def net(*, dtype="float64", activation="softplus", batch_norm=False, dropout=0.0
     model = keras.Model(images, layers.Dense(4)(x))
     keras.config.set_dtype_policy("float32")
     return model
+
+
+@contextlib.contextmanager
+def full_disk(size=1000):
+    """No file can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def pooled(seed=0):

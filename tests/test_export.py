@@ -1,7 +1,6 @@
 """The exported SavedModel, asked by loaders that know neither Keras nor tvkeras."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from keras import layers
 from scipy.special import softmax
 
 import tvkeras
-from tests.conftest import BACKEND, ROOT, pooled, random_images
+from tests.conftest import BACKEND, ROOT, full_disk, pooled, random_images
 from tvkeras import data
 from tvkeras.detection import GradientNormDetector
 from tvkeras.inference import STATISTICS
@@ -164,13 +163,8 @@ def test_versions_count_up_and_are_never_replaced_and_without_a_detector_give_no
 
 @tensorflow_only
 def test_an_export_that_fails_leaves_no_version(tmp_path):
-    classifier, limits = pooled(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes in a file
-    try:
-        with pytest.raises((OSError, tf.errors.OpError)):
-            export(classifier, tmp_path / "model")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises((OSError, tf.errors.OpError)):
+        export(pooled(), tmp_path / "model")
     assert not list((tmp_path / "model").iterdir())
 
 

@@ -72,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 # So long as Python looks for the module of `python -m tvkeras.train`: before it imports Keras.
-if sys.argv[:1] == ["-m"] and any(f"{__name__}." in argument for argument in sys.orig_argv):
+if sys.argv[:1] == ["-m"] and any(a.startswith(("tvkeras.", "-mtvkeras.")) for a in sys.orig_argv):
     from tvkeras import terminal
 
     terminal.prepare()

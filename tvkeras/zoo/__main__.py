@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from tvkeras import terminal, zoo
-from tvkeras.evaluation.card import Rate
 from tvkeras.zoo import publishing, store
 
 
@@ -32,37 +31,13 @@ def list_(pattern: str = "*") -> None:
 
 
 def show(name: str) -> None:
-    """Prints an entry's headline figures."""
-    card = zoo.card(name)
-    rows = [
-        ("network", f"{card.model['model']}, {card.model['parameters']:,} parameters"),
-        ("training", f"{card.training['dataset']}, {card.training['epochs']} epochs"),
-        ("", card.training["defense"]),
-        ("input", "float32 images in [0, 1], with no other normalisation"),
-        ("clean error", f"{_percent(card.clean_error)} of {card.dataset}"),
-    ]
-    for worst in card.worst_case:
-        rows += [
-            (f"error at {worst.norm} {epsilon}", f"{_percent(error)}, worst case over attacks")
-            for epsilon, error in worst.error.items()
-        ]
-        if worst.median_distance is not None:
-            rows.append((f"median {worst.norm} distance", f"{worst.median_distance:.3g}"))
-    rows += [(f"audit ({report.norm})", report.verdict) for report in card.audit]
-    rows += [
-        (
-            f"detector ({report.statistic})",
-            f"rejects {_percent(report.false_positive_rate)} without an attack; "
-            f"evaded on {_percent(report.evasive_success)}",
-        )
-        for report in card.detection
-    ]
-    rows += [
-        ("load", f'tvkeras.zoo.load("{name}")'),
-        ("card", str(store.folder(name, "README.md") / "README.md")),
-    ]
-    width = max(len(label) for label, _ in rows) + 2
-    print(name, *(f"  {label:<{width}}{text}" for label, text in rows), sep="\n")
+    """Prints an entry's card as a short table."""
+    card, page = zoo.card(name), store.folder(name, "README.md") / "README.md"
+    about, training = card.model, card.training
+    print(card)
+    print(f"  {about['model']}, {about['parameters']:,} parameters, from images in [0, 1]")
+    print(f"  {training['dataset']}, {training['epochs']} epochs of {training['defense']}")
+    print(f'  tvkeras.zoo.load("{name}"), {page}')
 
 
 def verify(name: str | None = None) -> None:
@@ -107,10 +82,6 @@ def main(argv: Sequence[str]) -> None:
     except (KeyError, TypeError) as error:
         raise app.UsageError(f"no such command: {' '.join(argv[1:]) or 'none'}") from error
     COMMANDS[name](*arguments)
-
-
-def _percent(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} % ({rate.n:,} images)"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Fixtures shared by all tests; the backend is the one of KERAS_BACKEND."""
 
+import contextlib
 import os
 import pathlib
+import resource
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the commands do
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import gin
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
+import tvkeras
 import tvkeras.data
 
 BACKEND = keras.backend.backend()
@@ -51,6 +54,35 @@ def net(*, dtype="float64", activation="softplus", batch_norm=False, dropout=0.0
     model = keras.Model(images, layers.Dense(4)(x))
     keras.config.set_dtype_policy("float32")
     return model
+
+
+@contextlib.contextmanager
+def full_disk(size=1000):
+    """No file can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def pooled(seed=0):
+    """A classifier of 8x8 images into 5 classes that would take images of any size."""
+    keras.utils.set_random_seed(seed)
+    images = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, activation="relu")(images)
+    normalise = layers.BatchNormalization()
+    x = layers.Conv2D(8, 3, activation="relu")(normalise(x))
+    model = keras.Model(images, layers.Dense(5)(layers.GlobalAveragePooling2D()(x)))
+    normalise.moving_mean.assign(np.linspace(-0.5, 0.5, 8))
+    normalise.moving_variance.assign(np.linspace(0.02, 0.1, 8))
+    return model
+
+
+def random_images(count, seed=0):
+    """Images for `pooled`."""
+    return np.random.default_rng(seed).random((count, 8, 8, 1)).astype("float32")
 
 
 def batch(count=8, dtype="float64", seed=0):

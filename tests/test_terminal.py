@@ -8,7 +8,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tvkeras import config, terminal
-from tvkeras.zoo import __main__ as command
 
 DIGITS = "--gin_file=gin/digits_tv_lip.gin"
 
@@ -64,12 +63,19 @@ def test_a_failed_import_is_shown_whole():
     assert "Traceback" in ended.stderr
 
 
-def test_importing_a_module_sets_nothing():
-    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"  # as the tests set it
-    code = "import os, tvkeras.terminal; print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))"
-    quiet = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, env=quiet, text=True, cwd=ROOT) == "None\n"
+@pytest.mark.slow
+def test_commands_choose_kernels_and_who_has_chosen_is_heard(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os; atexit.register(lambda: print(os.environ['TF_ENABLE_ONEDNN_OPTS']))"
+    )
+    unset = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    for given, chosen in (({}, "1"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "0")):
+        command = [sys.executable, "-m", "tvkeras.zoo", "list"]
+        path = f"{tmp_path}{os.pathsep}{ROOT}"
+        found = subprocess.check_output(
+            command, text=True, env={**unset, "PYTHONPATH": path, **given}
+        )
+        assert found.splitlines()[-1] == chosen
 
 
 def test_errors_from_gin_hold_no_addresses():
@@ -82,8 +88,3 @@ def test_errors_from_gin_hold_no_addresses():
         assert " at 0x" in str(caught.value)
         assert "0x" not in str(ended.value)
         assert "In call to configurable 'Recipe'" in str(ended.value)
-
-
-def test_a_pattern_without_a_match_is_an_error():
-    with pytest.raises(SystemExit, match=r"error: no entry matches pattern='no\*'; there are \["):
-        command.main(["zoo", "list", "no*"])

@@ -16,7 +16,7 @@ import tvkeras
 from tests.conftest import BACKEND
 from tvkeras import attacks, bounds, contract, data, evaluation, inputs
 from tvkeras.detection import GradientNormDetector, gradient_norms
-from tvkeras.evaluation import suite
+from tvkeras.evaluation import suite, trials
 from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.serving import Client
 
@@ -90,7 +90,7 @@ def examples(images, labels):
 
 
 DETECTOR = GradientNormDetector(norm="l2", statistic="loss", threshold=0.3)
-TRIALS = [suite.Trial(name="pgd", attack=NATIVE["pgd"], epsilons=(0.1,), images=4)]
+TRIALS = [trials.Trial(name="pgd", attack=NATIVE["pgd"], epsilons=(0.1,), images=4)]
 
 LABELLED = {
     **{name: attacking(attack) for name, attack in NATIVE.items()},

@@ -19,8 +19,9 @@ import pytest
 import tvkeras
 from tests import zoo_server
 from tests.conftest import BACKEND, ROOT
-from tvkeras import attacks, checkpoint, config, evaluate, models, runs, train, zoo
-from tvkeras.evaluation import suite
+from tvkeras import attacks, checkpoint, config, models, runs, train, zoo
+from tvkeras.evaluation.detecting import Detection
+from tvkeras.evaluation.subject import Subject
 from tvkeras.zoo import __main__ as command
 from tvkeras.zoo import store
 
@@ -438,15 +439,14 @@ def evaluated(tmp_path_factory):
     configured = config.configurable(train.train)
     config.bind(["gin/digits_undefended.gin"], settings)
     configured(run_dir=str(folder))
-    pgd = attacks.ProjectedGradient(steps=5)
-    evaluate.evaluate(
-        run_dir=str(folder),
-        output=str(folder / "evaluation"),
-        trials=[suite.Trial(name="PGD", attack=pgd, epsilons=(0.5, 1.0), images=30)],
+    Subject.of(folder).evaluated(
+        tvkeras.benchmark,
+        folder / "evaluation",
+        command="none",
+        suite=[attacks.ProjectedGradient(steps=5)],
         epsilons={"l2": (0.5, 1.0)},
-        statistics=("loss",),
-        evasive={"steps": 5, "weights": 2},
-        evasive_images=10,
+        attacked_images=30,
+        detection=Detection(evasive={"steps": 5, "weights": 2}, evasive_images=10),
     )
     return folder
 

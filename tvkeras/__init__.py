@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         zoo,
     )
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+    from tvkeras.evaluation.benchmark import benchmark
     from tvkeras.models.head import logits
     from tvkeras.training.classifier import RobustClassifier
 
@@ -44,6 +45,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "benchmark": "evaluation.benchmark",
     "logits": "models.head",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "TVLipschitz",
     "Undefended",
     "attacks",
+    "benchmark",
     "bounds",
     "data",
     "detection",

@@ -9,7 +9,7 @@ import gin
 from absl import flags
 
 from tvkeras import attacks, data, defenses
-from tvkeras.evaluation import suite
+from tvkeras.evaluation import trials
 from tvkeras.training import schedules
 
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
@@ -34,7 +34,7 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     schedules.sgd,
     schedules.step_decay,
     schedules.triangle,
-    suite.Trial,
+    trials.Trial,
 )
 
 

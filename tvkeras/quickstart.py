@@ -14,12 +14,10 @@ EXPERIMENTS = {
     "TV + Lipschitz": "gin/digits_tv_lip.gin",
 }
 
-_FOLDER = flags.DEFINE_string("folder", "runs/quickstart", "Where the runs and the figure go.")
-
 
 def main(_: list[str]) -> None:
     """Trains both, prints a table, writes a figure."""
-    folder = pathlib.Path(_FOLDER.value)
+    folder = pathlib.Path(flags.FLAGS.folder)
     train_configured = config.configurable(train)
     reports: dict[str, dict[str, Any]] = {}
     for name, file in EXPERIMENTS.items():
@@ -52,4 +50,5 @@ def _table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("folder", "runs/quickstart", "Where the runs and the figure go.")
     terminal.run(main)

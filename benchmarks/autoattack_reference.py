@@ -155,8 +155,9 @@ def main(_: list[str]) -> None:
         print("No --reference_dir, or no torch in --reference_python: skipped.")
         return
     for run_dir, radii in folders():
-        classifier, about = runs.load(run_dir)
-        test = tvkeras.data.load(about["dataset"], "test").take(
+        run = runs.Run.open(run_dir)
+        classifier = run.classifier()
+        test = tvkeras.data.load(run.about["dataset"], "test").take(
             np.arange(_IMAGES.value), "attacked"
         )
         images, labels = test.images.astype("float32") / 255, test.labels.astype("int64")

@@ -11,7 +11,7 @@ import tvkeras
 from tests.conftest import BACKEND
 from tvkeras import attacks, bounds, data, evaluation
 from tvkeras.detection import GradientNormDetector, gradient_norms
-from tvkeras.evaluation import suite
+from tvkeras.evaluation import suite, trials
 from tvkeras.inference import CompiledClassifier, loss_statistics
 
 COUNT, SHAPE, CLASSES = 6, (4, 4, 1), 4
@@ -69,7 +69,7 @@ def examples(images, labels):
 
 
 DETECTOR = GradientNormDetector(norm="l2", statistic="loss", threshold=0.3)
-TRIALS = [suite.Trial(name="pgd", attack=NATIVE["pgd"], epsilons=(0.1,), images=4)]
+TRIALS = [trials.Trial(name="pgd", attack=NATIVE["pgd"], epsilons=(0.1,), images=4)]
 FIT = {"batch_size": 2, "verbose": 0, "shuffle": False}
 
 LABELLED = {

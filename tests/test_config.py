@@ -6,8 +6,11 @@ from absl import flags
 
 import tvkeras
 from tests.conftest import BACKEND, net
-from tvkeras import config, evaluate, train
+from tvkeras import config, train
 from tvkeras.defenses import Defense
+from tvkeras.evaluation import trials
+from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.detecting import Detection
 
 EVALUATIONS = sorted(pathlib.Path("gin").glob("evaluate_*.gin"))
 SUITES = sorted(pathlib.Path("gin").glob("suite_*.gin"))
@@ -45,17 +48,21 @@ def test_every_experiment_binds(path, more):
 @pytest.mark.parametrize("path", EVALUATIONS, ids=str)
 @pytest.mark.parametrize("more", [None, *SUITES], ids=str)
 def test_every_evaluation_binds_with_every_suite(path, more):
-    config.configurable(evaluate.evaluate, evaluate.library_attacks())
-    # (a suite's radii for another data set may be set beside it)
+    config.configurable(benchmark, (Detection, *trials.library_attacks()))
     config.bind([str(path), *([str(more)] if more else [])])
-    references = bound("evaluate.trials")
+    parts = bound("benchmark.suite") if more else "quick"
+    parts = [parts] if isinstance(parts, str) else parts
+
+    def suite():
+        own = [p if isinstance(p, str) else p.scoped_configurable_fn() for p in parts]
+        return trials.chosen(own, bound("benchmark.epsilons"))
+
     if BACKEND != "tensorflow" and more and more.stem in ("suite_talk", "suite_zoo"):
-        with pytest.raises(ValueError, match=r"Foolbox\w+ cannot.*KERAS_BACKEND=tensorflow"):
-            [reference.scoped_configurable_fn() for reference in references]
-        return
-    trials = [reference.scoped_configurable_fn() for reference in references]
-    assert len({trial.name for trial in trials}) == len(trials) >= 2
-    assert {trial.attack.norm for trial in trials} <= set(bound("evaluate.epsilons"))
+        with pytest.raises(ValueError, match=r"cannot be had: .*KERAS_BACKEND=tensorflow"):
+            suite()
+    else:
+        assert len(suite()) >= 2
+    assert f"python -m tvkeras.evaluate --gin_file={path}" in path.read_text()
 
 
 def test_the_command_line_wins_over_files():

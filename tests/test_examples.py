@@ -155,3 +155,18 @@ def test_fine_tuning_runs_and_saves_a_plain_model(tmp_path):
     assert "TV + Lipschitz: error by l2 radius" in done.stdout
     model = keras.saving.load_model(tmp_path / "model.keras")
     assert model(np.zeros((1, 32, 32, 3), "float32")).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_a_network_of_keras_applications_gets_a_card(tmp_path):
+    script = ROOT / "examples" / "benchmark_keras_application.py"
+    settings = ["--epochs=1", "--images=4", f"--output={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, script, *settings], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error at l2 0.5" in done.stdout
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["model"]["bounds"] == [0, 255]
+    assert (tmp_path / "README.md").exists()
+    assert (tmp_path / "examples.csv").exists()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         zoo,
     )
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+    from tvkeras.evaluation.benchmark import benchmark
     from tvkeras.models.head import logits
     from tvkeras.training.classifier import RobustClassifier
     from tvkeras.training.fine_tune import defend
@@ -35,6 +36,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "benchmark": "evaluation.benchmark",
     "defend": "training.fine_tune",
     "logits": "models.head",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "TVLipschitz",
     "Undefended",
     "attacks",
+    "benchmark",
     "bounds",
     "data",
     "defend",

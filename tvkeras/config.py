@@ -9,7 +9,7 @@ import gin
 from absl import flags
 
 from tvkeras import attacks, data, defenses
-from tvkeras.evaluation import suite
+from tvkeras.evaluation import trials
 from tvkeras.training import schedules
 from tvkeras.training.averaging import Lookahead
 from tvkeras.training.settings import Execution, Network, Recipe, Task
@@ -40,7 +40,7 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     schedules.sgd,
     schedules.step_decay,
     schedules.triangle,
-    suite.Trial,
+    trials.Trial,
 )
 
 

@@ -104,7 +104,7 @@ class GradientNormDetector:
             raise ValueError(
                 f"the {statistic!r} gradient is zero on {(scores == 0).mean():.0%} of the clean "
                 "images, so that no threshold rejects few of them: the classifier cannot be "
-                "guarded this way. Try another statistic; to evaluate it, evaluate.statistics=()."
+                "guarded this way. Try another statistic; on a card, Detection(statistics=())."
             )
         return cls(norm=norm, statistic=statistic, threshold=threshold, false_positive_rate=rate)
 

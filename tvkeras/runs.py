@@ -242,15 +242,6 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
-    """`Run.open`'s classifier and what `run.json` says, the defence as text."""
-    run = Run.open(run_dir)
-    about = run.about
-    if "defense" in about:
-        about["defense"] = str(run.defense)
-    return run.classifier(), about
-
-
 def save_float16(classifier: keras.Model, path: pathlib.Path) -> None:
     """Saves a classifier's weights at half the size.
 

@@ -84,7 +84,8 @@ def _from_folder(path: pathlib.Path, split: str, image_size: int | None) -> Arra
     if not files:
         raise FileNotFoundError(f"{path / split} holds no images ({', '.join(ENDINGS)}).")
     headers = [_header(file) for file in files]
-    sizes, modes = ({header[i] for header in headers} for i in (0, 1))
+    sizes = {size for size, _ in headers}
+    modes = {mode for _, mode in headers}
     if image_size is None and len(sizes) > 1:
         raise ValueError(
             f"the images in {path / split} are of {len(sizes)} sizes, such as "

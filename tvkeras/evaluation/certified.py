@@ -8,7 +8,8 @@ import numpy as np
 
 from tvkeras import checks, inputs
 from tvkeras.bounds import SmoothedBound
-from tvkeras.evaluation.card import Rate, rate
+from tvkeras.evaluation.card import Rate
+from tvkeras.evaluation.reports import rate
 
 POINTS = 200  # of a curve
 

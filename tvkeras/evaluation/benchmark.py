@@ -140,7 +140,7 @@ def benchmark(
     audits = _audit(bench.first(audited_images), radii, twin) if audited_images else ()
     held_out = 0 if held_out_images is None else len(held_out_images)
     detected = [detecting.met(d, bench, outcomes, detection, held_out) for d in detectors]
-    certified = certification and certification.certify(bench)
+    certified = certification.certify(bench) if certification is not None else None
     beside = {twin.name: twin.distances} if isinstance(twin, Twin) else {}
     drawn = figures.of_card(outcomes, attacked, detected, beside, certified)
     return Card(

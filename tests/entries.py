@@ -52,8 +52,8 @@ NATIVE = {
     "autoattack": attacks.AutoAttack(),
     "ddn": attacks.DecoupledDirectionNorm(steps=3),
     "fmn": attacks.FastMinimumNorm(steps=3),
-    "cw": attacks.CarliniWagner(steps=3, weights=2),
-    "evasive": attacks.EvasiveCarliniWagner(steps=3, weights=1, threshold=1.0),
+    "cw": attacks.CarliniWagner(steps=3, search_steps=2),
+    "evasive": attacks.EvasiveCarliniWagner(steps=3, search_steps=1, threshold=1.0),
 }
 
 

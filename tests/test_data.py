@@ -70,7 +70,7 @@ def test_any_split_of_a_tfds_set_is_held_in_memory(same_size, cache, monkeypatch
 
 def test_images_of_many_sizes_point_to_the_stream(synthetic, cache, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(pathlib.Path(synthetic.data_dir).parents[1]))
-    with pytest.raises(ValueError, match=r"Stream it: train.image_size="):
+    with pytest.raises(ValueError, match=r"Stream it: Task.image_size="):
         data.load("synthetic")
 
 

@@ -344,9 +344,9 @@ def test_large_images_come_in_small_batches():
     images = np.random.default_rng(0).random((5, 800, 800, 1), "float32")
 
     class Noted(attacks.ProjectedGradient):
-        def search(self, model, images, *rest):
-            shapes.append(images.shape)
-            return images, np.ones(len(images), int)
+        def search(self, batch):
+            shapes.append(batch.images.shape)
+            return batch.images, np.ones(len(batch.images), int)
 
     brief(classifier, images, np.zeros(5, int), suite=[Noted()])
     assert shapes == [(3, 800, 800, 1)] * 2

@@ -145,7 +145,7 @@ CHANGES = {
                          "median_distance": None}]},
         "fraction such as",
     ),
-    "no model": ({"model": {}}, "KeyError"),
+    "no model": ({"model": {}}, "has no attribute"),
 }  # fmt: skip
 
 

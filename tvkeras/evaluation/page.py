@@ -95,6 +95,7 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,  # a card without a field is named, not half shown
 )
 _TEMPLATES.filters |= {
     "block": _block,

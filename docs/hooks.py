@@ -53,11 +53,11 @@ def zoo_tables(cards: Sequence[dict[str, Any]]) -> list[str]:
         ours = [card for card in cards if card["dataset"] == dataset]
         errors = [_errors(card) for card in ours]
         columns = dict.fromkeys(radius for found in errors for radius in found)
-        lines += ["", f"**{dataset}**", "", f"| name | parameters | {' | '.join(columns)} |"]
+        lines += ["", f"**{dataset}**", "", f"| name | {' | '.join(columns)} | parameters |"]
         lines += ["| --- |" + " ---: |" * (1 + len(columns))]
         for card, found in zip(ours, errors, strict=True):
             cells = " | ".join(found.get(radius, "-") for radius in columns)
-            lines.append(f"| `{card['name']}` | {card['model']['parameters']:,} | {cells} |")
+            lines.append(f"| `{card['name']}` | {cells} | {card['model']['parameters']:,} |")
     return lines
 
 

@@ -73,7 +73,7 @@ def groups() -> dict[str, dict[str, Call]]:
         "Foolbox": lambda: foolbox.attacks.DDNAttack(steps=100)(wrapped, *tensors, epsilons=None),
     }
     found["C&W, 50 steps, 1 weight"] = {
-        "tvkeras": call(attacks.CarliniWagner(steps=50, weights=1)),
+        "tvkeras": call(attacks.CarliniWagner(steps=50, search_steps=1)),
         "CleverHans, adapted": call(attacks.CleverHansCW(steps=50, search_steps=1)),
     }
     boundary = attacks.FoolboxBoundary(steps=STEPS)

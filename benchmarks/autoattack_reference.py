@@ -29,7 +29,7 @@ import tvkeras.data
 from benchmarks.common import Clock, described
 from tvkeras import attacks, config, runs
 from tvkeras.inference import CompiledClassifier
-from tvkeras.train import train
+from tvkeras.training.loop import train
 
 MODEL = {"activation": "gelu", "width": 8}
 EXPERIMENTS = {
@@ -74,9 +74,8 @@ def folders() -> Iterator[tuple[pathlib.Path, dict[str, float]]]:
         return
     for file, radii in EXPERIMENTS.items():
         run_dir = pathlib.Path(_FOLDER.value) / pathlib.Path(file).stem
-        train_configured = config.configurable(train)
-        config.bind([file], [f"train.model_arguments={MODEL}"])
-        train_configured(run_dir=str(run_dir))
+        config.bind([file], [f"Network.arguments={MODEL}"])
+        train(run_dir, **config.settings())
         yield run_dir, radii
 
 
@@ -156,8 +155,9 @@ def main(_: list[str]) -> None:
         print("No --reference_dir, or no torch in --reference_python: skipped.")
         return
     for run_dir, radii in folders():
-        classifier, about = runs.load(run_dir)
-        test = tvkeras.data.load(about["dataset"], "test").take(
+        run = runs.Run.open(run_dir)
+        classifier = run.classifier()
+        test = tvkeras.data.load(run.about["dataset"], "test").take(
             np.arange(_IMAGES.value), "attacked"
         )
         images, labels = test.images.astype("float32") / 255, test.labels.astype("int64")

@@ -26,17 +26,17 @@ FILES = ("gin/airbench.gin", "gin/branch.gin")
 def _tv(**settings: object) -> tuple[str, ...]:
     values = {"norm": "'l2'", "fd_step": 0.1, **settings}
     bindings = (f"TVLipschitz.{name}={value}" for name, value in values.items())
-    return ("train.defense=@TVLipschitz()", *bindings)
+    return ("Recipe.defense=@TVLipschitz()", *bindings)
 
 
 def _attack(kind: str, **settings: object) -> tuple[str, ...]:
-    return (f"train.defense=@{kind}()", *(f"{kind}.{k}={v}" for k, v in settings.items()))
+    return (f"Recipe.defense=@{kind}()", *(f"{kind}.{k}={v}" for k, v in settings.items()))
 
 
 # The paper's Lipschitz weights of 0.1 and 1 are read as weights on an image's own loss, or on
 # the mean loss of a batch of 128.
 ROWS = {
-    "undefended": ("train.defense=@Undefended()",),
+    "undefended": ("Recipe.defense=@Undefended()",),
     "tv_001": _tv(tv_weight=0.01),
     "tv_01": _tv(tv_weight=0.1),
     "tv_01_lip_01": _tv(tv_weight=0.1, lipschitz_weight=0.1),
@@ -68,9 +68,9 @@ def command(name: str, trunk: str, folder: pathlib.Path) -> list[str]:
     """What trains one row."""
     bindings = (
         *ROWS[name],
-        f"train.initial_weights={trunk!r}",
-        "train.validation_epsilon=0.25",
-        f"train.epsilons={EPSILONS}",
+        f"Network.initial_weights={trunk!r}",
+        "Task.validation_epsilon=0.25",
+        f"Task.epsilons={EPSILONS}",
     )
     return [
         *("python", "-m", "tvkeras.train", "--gin_file=gin/cifar.gin"),

@@ -1,5 +1,6 @@
 """Fine-tunes a classifier of the zoo on another data set, and keeps its defence.
 
+    export TF_ENABLE_ONEDNN_OPTS=1  # faster on CPUs without AVX-512 VNNI
     python examples/fine_tune.py [--epochs=3] [--output=digits_from_cifar.keras]
 
 The network was trained on CIFAR-10; its new task is scikit-learn's digits, enlarged to 32
@@ -8,14 +9,14 @@ the penalty is the one they were trained with. Without it, fine-tuning forgets r
 the script trains both ways and prints both.
 """
 
-import argparse
 import dataclasses
 import json
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
+from absl import app, flags
 
+import tvkeras
 from tvkeras import data, evaluation, zoo
 
 ENTRY = "resnet9_32_tv_lip"
@@ -47,14 +48,9 @@ def fine_tune(defense: tvkeras.Defense, training: data.Examples, epochs: int) ->
     return classifier
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Trains with and without the penalty, prints the errors, saves the robust one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, help="Training images; default: all.")
-    parser.add_argument("--output", default="digits_from_cifar.keras")
-    given = parser.parse_args()
-
+    given = flags.FLAGS
     training = enlarged(data.load("digits", "train"))
     if given.images:
         training = training.take(np.arange(given.images), "few")
@@ -69,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_integer("epochs", 3, "Of each way.")
+    flags.DEFINE_integer("images", None, "Training images; default: all.")
+    flags.DEFINE_string("output", "digits_from_cifar.keras", "File of the robust one.")
+    app.run(main)

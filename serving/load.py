@@ -1,33 +1,22 @@
 """Measures a model server: latency and throughput of `tvkeras.serving.Client`.
 
-python serving/load.py --address=grpc://localhost:8500 --model=resnet9_32_tv_lip --shape 32 32 3
+python serving/load.py --address=grpc://localhost:8500 --model=resnet9_32_tv_lip --shape=32,32,3
 """
 
-import argparse
 import time
 from concurrent import futures
 
 import numpy as np
+from absl import app, flags
 
 from tvkeras.serving import Client
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Sends random images from several threads and prints what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--address", required=True, help="http://host:8501 or grpc://host:8500.")
-    add("--model", required=True, help="The model's name.")
-    add("--label", help="Label of the version to ask.")
-    add("--shape", type=int, nargs=3, required=True, metavar=("HEIGHT", "WIDTH", "CHANNELS"))
-    add("--images", type=int, default=1, help="Images in a request.")
-    add("--requests", type=int, default=500)
-    add("--threads", type=int, default=8)
-    add("--uint8", action="store_true", help="Send 8-bit pixels.")
-    add("--logits", action="store_true", help="Ask for logits only, without the detector.")
-    given = parser.parse_args()
-
-    images = np.random.default_rng(0).integers(0, 256, (given.images, *given.shape), np.uint8)
+    given = flags.FLAGS
+    shape = (given.images, *map(int, given.shape))
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     if not given.uint8:
         images = (images / 255).astype(np.float32)
 
@@ -54,4 +43,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_string("address", None, "http://host:8501 or grpc://host:8500.", required=True)
+    flags.DEFINE_string("model", None, "The model's name.", required=True)
+    flags.DEFINE_string("label", None, "Label of the version to ask.")
+    flags.DEFINE_list("shape", None, "Height, width and channels.", required=True)
+    flags.DEFINE_integer("images", 1, "Images in a request.")
+    flags.DEFINE_integer("requests", 500, "In all.")
+    flags.DEFINE_integer("threads", 8, "At once.")
+    flags.DEFINE_bool("uint8", False, "Send 8-bit pixels.")
+    flags.DEFINE_bool("logits", False, "Ask for logits only, without the detector.")
+    app.run(main)

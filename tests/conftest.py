@@ -1,22 +1,27 @@
 """Fixtures shared by all tests; the backend is the one of KERAS_BACKEND."""
 
+import contextlib
 import os
 import pathlib
+import resource
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the commands do
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import gin
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
+import tvkeras
 import tvkeras.data
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parent.parent
+ORDER = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy calls the norms
+DUAL_ORDER = {"l1": np.inf, "l2": 2, "linf": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +56,85 @@ def net(*, dtype="float64", activation="softplus", batch_norm=False, dropout=0.0
     return model
 
 
+@contextlib.contextmanager
+def full_disk(size=1000):
+    """No file can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def pooled(seed=0):
+    """A classifier of 8x8 images into 5 classes that would take images of any size."""
+    keras.utils.set_random_seed(seed)
+    images = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, activation="relu")(images)
+    normalise = layers.BatchNormalization()
+    x = layers.Conv2D(8, 3, activation="relu")(normalise(x))
+    model = keras.Model(images, layers.Dense(5)(layers.GlobalAveragePooling2D()(x)))
+    normalise.moving_mean.assign(np.linspace(-0.5, 0.5, 8))
+    normalise.moving_variance.assign(np.linspace(0.02, 0.1, 8))
+    return model
+
+
+def random_images(count, seed=0):
+    """Images for `pooled`."""
+    return np.random.default_rng(seed).random((count, 8, 8, 1)).astype("float32")
+
+
 def batch(count=8, dtype="float64", seed=0):
     """Random images and labels for `net`."""
     rng = np.random.default_rng(seed)
     images = rng.random((count, 6, 6, 2)).astype(dtype)
     return images, rng.integers(0, 4, count)
+
+
+@pytest.fixture(scope="session")
+def separating():
+    """A classifier of 6x6x2 images that is right on most of 12 random ones, and those."""
+    keras.utils.set_random_seed(0)
+    images, labels = batch(12, dtype="float32")
+    labels[0] = (labels[0] + 1) % 4
+    classifier = net(dtype="float32")
+    classifier.compile(
+        keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    classifier.fit(images, labels, epochs=60, verbose=0)
+    labels[0] = (labels[0] + 1) % 4
+    return classifier, images, labels
+
+
+def linear():
+    """A two-class linear classifier of 4x4 images, three grey images, labels, and w."""
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.Flatten(), layers.Dense(2)])
+    weights = np.random.default_rng(0).normal(size=(16, 2)).astype("float32")
+    model.set_weights([weights, np.array([0.2, 0.0], "float32") - 0.5 * weights.sum(axis=0)])
+    images = np.full((3, 4, 4, 1), 0.5, "float32")
+    return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
+
+
+class Counted(layers.Layer):
+    """The identity; counts the calls by Python, which a compiled function makes but once."""
+
+    calls = 0
+
+    def call(self, x):
+        Counted.calls += 1
+        return x
+
+
+def counted(classifier):
+    """`classifier` behind a `Counted`."""
+    images = keras.Input(classifier.input_shape[1:])
+    return keras.Model(images, classifier(Counted()(images)))
+
+
+def scaled(classifier, factor):
+    """`classifier` with its logits times `factor`."""
+    return keras.Model(classifier.inputs, layers.Rescaling(factor)(classifier.outputs[0]))
 
 
 def update(defense, classifier, images, labels, weight=None, loss=None, **settings):

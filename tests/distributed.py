@@ -21,12 +21,14 @@ import numpy as np
 from tests.conftest import net, prepared
 from tests.resumable import ending, kill
 from tvkeras import backends, config, data
-from tvkeras import train as tvkeras_train
 from tvkeras.training import recorder
 from tvkeras.training.averaging import Lookahead
+from tvkeras.training.loop import train as tvkeras_train
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
+
+    from tvkeras.training import mirrored
 
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -108,8 +110,7 @@ def drawn(devices="all"):
         strategy = tf.distribute.get_strategy()
 
         def draw():
-            context = tf.distribute.get_replica_context()
-            state = backends.tensorflow.own_seed(tf.constant([5, 0], tf.int64), context)
+            state = mirrored.own_seed(tf.constant([5, 0], tf.int64))
             return tf.random.stateless_uniform((1,), state)
 
         values = strategy.experimental_local_results(strategy.run(draw))
@@ -123,21 +124,20 @@ def imagenet(run_dir, builder_dir, kill_at=None):
     if kill_at is not None:
         end = ending("step", kill_at, kill)
         recorder.Recorder.on_train_batch_begin = lambda *_, **__: end("step")
-    configured = config.configurable(tvkeras_train.train)
     settings = {
-        "model": "'small_cnn'",
-        "model_arguments": "{'width': 4, 'activation': 'softplus'}",
-        "image_size": 8,
-        "batch_size": 16,
-        "epochs": 2,
-        "validation_fraction": 0.05,
-        "attacked_images": 10,
-        "checkpoint_steps": 1,
-        "devices": "'all'",
+        "Network.name": "'small_cnn'",
+        "Network.arguments": "{'width': 4, 'activation': 'softplus'}",
+        "Task.image_size": 8,
+        "Recipe.batch_size": 16,
+        "Recipe.epochs": 2,
+        "Task.validation_fraction": 0.05,
+        "Task.attacked_images": 10,
+        "Execution.checkpoint_steps": 1,
+        "Execution.devices": "'all'",
     }
-    bindings = [f"train.{name}={value}" for name, value in settings.items()]
+    bindings = [f"{name}={value}" for name, value in settings.items()]
     config.bind(["gin/imagenet_tv.gin"], bindings)
-    configured(run_dir=run_dir)
+    tvkeras_train(run_dir, **config.settings())
     return [], {}
 
 
@@ -147,17 +147,14 @@ def digits(run_dir, signal_at=None):
         end = ending("step", signal_at, lambda: signal.raise_signal(signal.SIGTERM))
         recorder.Recorder.on_train_batch_begin = lambda *_, **__: end("step")
     settings = {
-        "model_arguments": "{'width': 4, 'activation': 'softplus'}",
-        "batch_size": 16,
-        "epochs": 1,
-        "attacked_images": 10,
-        "devices": "'all'",
+        "Network.arguments": "{'width': 4, 'activation': 'softplus'}",
+        "Recipe.batch_size": 16,
+        "Recipe.epochs": 1,
+        "Task.attacked_images": 10,
+        "Execution.devices": "'all'",
     }
-    configured = config.configurable(tvkeras_train.train)
-    config.bind(
-        ["gin/digits_tv_lip.gin"], [f"train.{name}={value}" for name, value in settings.items()]
-    )
-    configured(run_dir=run_dir)
+    config.bind(["gin/digits_tv_lip.gin"], [f"{name}={value}" for name, value in settings.items()])
+    tvkeras_train(run_dir, **config.settings())
     return [], {}
 
 

@@ -10,21 +10,23 @@ import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 from keras import layers
 
-from tvkeras import checkpoint
+from tvkeras import checkpoint, runs
 from tvkeras.training.averaging import Lookahead
 from tvkeras.training.losses import SmoothedCrossentropy
 from tvkeras.training.recorder import Recorder
 from tvkeras.training.validation import RobustValidation
 
 EPOCHS, STEPS = 3, 10
-AUGMENTATION = tvkeras.data.Augmentation(crop=1, fill="reflect", flip="alternating", cutout=2)
+AUGMENTATION = tvkeras.data.Augmentation(
+    crop=1, fill="reflect", flip="alternating", cutout=2, noise=0.1
+)
 
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
+def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4, rate=0.1):
     """Trains, or goes on; `end` is called after each step and around each replaced file."""
     data = tvkeras.data.load("digits").take(range(8 * STEPS), "few")
     random.seed(0)
@@ -41,7 +43,7 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
         averaging=Lookahead(steps=EPOCHS * STEPS, every=4),
         ramp_steps=13,
     )
-    rate = keras.optimizers.schedules.CosineDecay(0.1, EPOCHS * STEPS)
+    rate = keras.optimizers.schedules.CosineDecay(rate, EPOCHS * STEPS)
     robust.compile(
         keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_overwrite_frequency=7),
         loss=SmoothedCrossentropy(0.1),
@@ -49,7 +51,7 @@ def train(run_dir, end=None, steps_per_execution=1, checkpoint_steps=4):
         steps_per_execution=steps_per_execution,
     )
     robust.optimizer.build(robust.trainable_variables)
-    recorder = Recorder(pathlib.Path(run_dir), checkpoint_steps=checkpoint_steps)
+    recorder = Recorder(runs.Run(pathlib.Path(run_dir)), checkpoint_steps=checkpoint_steps)
     recorder.restore(robust)
     held_out = tvkeras.data.Batches(data, 8)
     callbacks = [RobustValidation(held_out, norm="l2", epsilon=0.2), recorder]

@@ -12,21 +12,14 @@ def test_epsilon_accepts_numbers_and_fractions(value, expected):
     assert checks.epsilon(value) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("value", ["8/0", "eight", -1, float("nan"), None, True, [1], "nan", "inf"])
+WORDS = ["8/0", "eight", "nan", "inf", "1e400", "-1e999999999", f"{10**400}/3", None, True, [1]]
+NUMBERS = [-1, float("nan"), 10**400, -(10**400), 10**5000, Fraction(10**5000, 3)]
+
+
+@pytest.mark.parametrize("value", [*WORDS, *NUMBERS], ids=lambda value: type(value).__name__)
 def test_epsilon_refuses_the_rest_by_name(value):
     with pytest.raises(ValueError, match="tv_weight must be a number"):
         checks.epsilon(value, "tv_weight")
-
-
-def test_epsilon_refuses_numbers_that_no_float_holds():
-    for value in ("1e400", "-1e999999999", f"{10**400}/3"):
-        with pytest.raises(ValueError, match=f"epsilon must be a number or .*'{value}'"):
-            checks.epsilon(value)
-    for value in (10**400, -(10**400), 10**5000, Fraction(10**5000, 3)):
-        with pytest.raises(
-            ValueError, match=r"must be a number >= 0, got .* too large for a float"
-        ):
-            checks.epsilon(value)
 
 
 def test_number_in_quotation_marks_gets_a_hint():

@@ -2,29 +2,28 @@ import pathlib
 
 import gin
 import pytest
+from absl import flags
 
 import tvkeras
 from tests.conftest import BACKEND, net
-from tvkeras import config, evaluate, train
+from tvkeras import config, train
 from tvkeras.defenses import Defense
+from tvkeras.evaluation import trials
+from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.detecting import Detection
 
 EVALUATIONS = sorted(pathlib.Path("gin").glob("evaluate_*.gin"))
 SUITES = sorted(pathlib.Path("gin").glob("suite_*.gin"))
 EXPERIMENTS = sorted(set(pathlib.Path("gin").glob("*_*.gin")) - {*EVALUATIONS, *SUITES})
-TALK = ("undefended", "fgsm", "tv", "tv_lip_light", "tv_lip", "tv_lip_strong", "pgd")
-
-
-@pytest.fixture
-def configured():
-    return config.configurable(train.train)
 
 
 def bound(name):
     return gin.query_parameter(name)
 
 
-def test_there_is_a_file_for_every_row_of_the_talk():
-    assert {f"gin/cifar_{row}.gin" for row in TALK} <= {str(path) for path in EXPERIMENTS}
+def test_importing_defines_no_flag():
+    assert train.main
+    assert not {"gin_file", "gin_param", "run_dir", "dry_run"} & set(flags.FLAGS)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
@@ -38,69 +37,68 @@ def test_there_is_a_file_for_every_row_of_the_talk():
     ],
     ids=lambda more: str(len(more)),
 )
-def test_every_experiment_binds(path, more, configured):
+def test_every_experiment_binds(path, more):
     config.bind([str(path), *more])
-    defense = bound("train.defense").scoped_configurable_fn()
+    defense = bound("Recipe.defense").scoped_configurable_fn()
     assert isinstance(defense, Defense)
     shortest = net(dtype="mixed_bfloat16")  # what "auto" may choose
     tvkeras.RobustClassifier(shortest, defense)  # refuses a step too short for it
-    text = path.read_text()
-    assert text.startswith("# ")
-    assert f"python -m tvkeras.train --gin_file={path}" in text
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=str)
 @pytest.mark.parametrize("more", [None, *SUITES], ids=str)
 def test_every_evaluation_binds_with_every_suite(path, more):
-    config.configurable(evaluate.evaluate, evaluate.library_attacks())
-    # (a suite's radii for another data set may be set beside it)
+    config.configurable(benchmark, (Detection, *trials.library_attacks()))
     config.bind([str(path), *([str(more)] if more else [])])
-    references = bound("evaluate.trials")
+    parts = bound("benchmark.suite") if more else "quick"
+    parts = [parts] if isinstance(parts, str) else parts
+
+    def suite():
+        own = [p if isinstance(p, str) else p.scoped_configurable_fn() for p in parts]
+        return trials.chosen(own, bound("benchmark.epsilons"))
+
     if BACKEND != "tensorflow" and more and more.stem in ("suite_talk", "suite_zoo"):
-        with pytest.raises(ValueError, match=r"Foolbox\w+ cannot.*KERAS_BACKEND=tensorflow"):
-            [reference.scoped_configurable_fn() for reference in references]
-        return
-    trials = [reference.scoped_configurable_fn() for reference in references]
-    assert len({trial.name for trial in trials}) == len(trials) >= 2
-    assert {trial.attack.norm for trial in trials} <= set(bound("evaluate.epsilons"))
-    text = path.read_text()
-    assert f"python -m tvkeras.evaluate --gin_file={path}" in text
+        with pytest.raises(ValueError, match=r"cannot be had: .*KERAS_BACKEND=tensorflow"):
+            suite()
+    else:
+        assert len(suite()) >= 2
+    assert f"python -m tvkeras.evaluate --gin_file={path}" in path.read_text()
 
 
-def test_the_command_line_wins_over_files(configured):
+def test_the_command_line_wins_over_files():
     config.bind(
-        ["gin/cifar_tv.gin", "gin/fast.gin"], ["train.epochs=3", "TVLipschitz.tv_weight='8/255'"]
+        ["gin/cifar_tv.gin", "gin/fast.gin"], ["Recipe.epochs=3", "TVLipschitz.tv_weight='8/255'"]
     )
-    assert bound("train.epochs") == 3
+    assert bound("Recipe.epochs") == 3
     assert bound("TVLipschitz.tv_weight") == "8/255"
-    assert bound("train.model") == "resnext34"
+    assert bound("Network.name") == "resnext34"
 
 
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
         ("trian.epochs=3", "No configurable matching 'trian'"),
-        ("train.epoch=3", "doesn't have a parameter named 'epoch'"),
-        ("train.defense=@TVLipshitz()", "No configurable matching reference"),
+        ("Recipe.epoch=3", "doesn't have a parameter named 'epoch'"),
+        ("Recipe.defense=@TVLipshitz()", "No configurable matching reference"),
         ("EPOCHS=3", r"nothing reads the macros \['EPOCHS'\]"),
-        ("train.epochs=%EPOCHS", "EPOCHS"),
-        ("train.epochs=three", "three"),
-        ("train.epochs==3", "parse"),
+        ("Recipe.epochs=%EPOCHS", "EPOCHS"),
+        ("Recipe.epochs=three", "three"),
+        ("Recipe.epochs==3", "parse"),
     ],
 )
-def test_a_mistyped_setting_stops_with_the_legal_ones(binding, message, configured):
+def test_a_mistyped_setting_stops_with_the_legal_ones(binding, message):
     with pytest.raises(config.ConfigError, match=message) as caught:
         config.bind([], [binding])
     assert "TVLipschitz: norm, tv_weight, lipschitz_weight" in str(caught.value)
-    assert "train: run_dir, defense" in str(caught.value)
+    assert "Recipe: defense, augmentation" in str(caught.value)
 
 
-def test_a_missing_file_lists_those_there_are(configured):
+def test_a_missing_file_lists_those_there_are():
     with pytest.raises(config.ConfigError, match=r"'gin/cifar.gni' does not exist; .*cifar_tv"):
         config.bind(["gin/cifar.gni"])
 
 
-def test_a_bad_value_is_refused_when_it_is_used(configured):
+def test_a_bad_value_is_refused_when_it_is_used():
     config.bind(["gin/digits_tv_lip.gin"], ["TVLipschitz.tv_weight='a lot'"])
     with pytest.raises(ValueError, match="tv_weight must be a number or a fraction"):
-        configured(run_dir="unused")
+        config.settings()

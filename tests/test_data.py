@@ -1,4 +1,5 @@
 import json
+import pathlib
 import time
 
 import keras
@@ -8,7 +9,14 @@ import pytest
 from tvkeras import backends, data
 
 
-def test_digits_are_split_cached_and_memory_mapped(digits, tmp_path):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of data."""
+    monkeypatch.setenv("TVKERAS_DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_digits_are_split_cached_and_memory_mapped(digits, cache):
     train, test = digits
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.dtype == np.uint8
@@ -19,27 +27,29 @@ def test_digits_are_split_cached_and_memory_mapped(digits, tmp_path):
 
     original = np.round(load_digits().images * (255 / 16)).reshape(1797, -1)
     assert sorted(map(tuple, joined)) == sorted(map(tuple, original))
-    again = data.load("digits", cache_dir=tmp_path)
+    again = data.load("digits")
     assert again.checksum == train.checksum
+    meta = json.loads((cache / "digits" / "train" / "meta.json").read_text())
+    assert set(meta) == {"num_classes", "sha256"}  # no absolute path
 
 
-def test_a_damaged_cache_is_found(tmp_path):
-    data.load("digits", cache_dir=tmp_path)
-    path = tmp_path / "digits" / "train" / "images.npy"
+def test_a_damaged_cache_is_found(cache):
+    data.load("digits")
+    path = cache / "digits" / "train" / "images.npy"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged: its sha256 is .* Remove that folder"):
-        data.load("digits", cache_dir=tmp_path)
+        data.load("digits")
 
 
-def test_missing_data_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+def test_missing_data_is_said_at_once(cache, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(cache))
     started = time.monotonic()
     with pytest.raises(data.DataNotFoundError, match=r"'cifar100' is neither cached nor prepared"):
-        data.load("cifar100", cache_dir=tmp_path)
+        data.load("cifar100")
     assert time.monotonic() - started < 60  # a retry takes 205 seconds
-    assert not (tmp_path / "cifar100").exists()
+    assert not (cache / "cifar100").exists()
 
 
 def test_unknown_names_and_splits_are_refused():
@@ -49,13 +59,19 @@ def test_unknown_names_and_splits_are_refused():
         data.load("digits", "validation")
 
 
-def test_any_split_of_a_tfds_set_is_held_in_memory(same_size, monkeypatch, tmp_path):
-    monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: same_size)
-    examples = data.load("same_size", "validation", cache_dir=tmp_path)
+def test_any_split_of_a_tfds_set_is_held_in_memory(same_size, cache, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(pathlib.Path(same_size.data_dir).parents[1]))
+    examples = data.load("synthetic", "validation")
     assert examples.images.shape == (20, 8, 8, 3)
     np.testing.assert_array_equal(examples.labels, examples.images[:, 0, 0, 0] % 3)
     with pytest.raises(ValueError, match=r"split must be one of \['train', 'validation'\]"):
-        data.load("same_size", "test", cache_dir=tmp_path)
+        data.load("synthetic", "test")
+
+
+def test_images_of_many_sizes_point_to_the_stream(synthetic, cache, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(pathlib.Path(synthetic.data_dir).parents[1]))
+    with pytest.raises(ValueError, match=r"Stream it: train.image_size="):
+        data.load("synthetic")
 
 
 def test_the_held_out_part_depends_on_nothing_but_its_seed(digits):
@@ -82,20 +98,14 @@ def test_batches_are_a_function_of_seed_epoch_and_index(digits):
     np.testing.assert_array_equal(epoch(2)[3][0], epoch(2)[3][0])
     assert (epoch(2)[3][1] != epoch(1)[3][1]).any()
     assert (epoch(2)[3][1] != epoch(2, seed=6)[3][1]).any()
+    batches = data.Batches(train, 100, seed=5)
+    batches.begin_epoch(2, first_batch=9)  # goes on with the next batch
+    np.testing.assert_array_equal(batches[3][1], epoch(2)[12][1])
     in_order = data.Batches(train, 100)
     assert len(in_order) == 15
     np.testing.assert_array_equal(in_order[14][1], train.labels[1400:])
     with pytest.raises(ValueError, match="batch_size must be <= 1437"):
         data.Batches(train, 2000, seed=0)
-
-
-def test_an_epoch_that_is_partly_done_goes_on_with_its_next_batch(digits):
-    batches = data.Batches(digits[0], 100, seed=5)
-    batches.begin_epoch(2)
-    whole = [batches[index][1] for index in range(len(batches))]
-    batches.begin_epoch(2, first_batch=9)
-    for index, labels in enumerate(whole[9:]):
-        np.testing.assert_array_equal(batches[index][1], labels)
 
 
 @pytest.mark.parametrize("seed", [0, None])
@@ -193,9 +203,7 @@ def test_cutout_replaces_a_square_by_its_mean():
 
 
 def test_a_stream_is_a_function_of_seed_and_epoch(synthetic):
-    stream = data.Stream(
-        synthetic, "train", batch_size=16, image_size=32, seed=1, shuffle_buffer=20
-    )
+    stream = data.Stream(synthetic, "train", batch_size=16, image_size=32, seed=1)
 
     def epoch(number):
         stream.begin_epoch(number)
@@ -219,15 +227,3 @@ def test_an_evaluation_stream_keeps_order_and_remainder(synthetic):
     stored = [example["image"][0, 0, 0] for example in synthetic.as_dataset(split="validation")]
     np.testing.assert_array_equal(images[:, 5, 5, 0], stored)
     np.testing.assert_array_equal(labels, images[:, 5, 5, 0] % 3)
-
-
-def test_images_of_many_sizes_point_to_the_stream(synthetic, monkeypatch, tmp_path):
-    monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: synthetic)
-    with pytest.raises(ValueError, match=r"Stream it: train.image_size="):
-        data.load("synthetic", cache_dir=tmp_path)
-
-
-def test_the_cache_holds_no_absolute_path(tmp_path):
-    data.load("digits", cache_dir=tmp_path)
-    meta = json.loads((tmp_path / "digits" / "train" / "meta.json").read_text())
-    assert set(meta) == {"num_classes", "sha256"}

@@ -171,7 +171,7 @@ def test_processes_that_share_no_folder_stop_and_go_on_together(tmp_path):
     )
     for name, array in whole.items():
         np.testing.assert_array_equal(stopped[name], array, err_msg=name)
-    with runs.locked(tmp_path / "whole0"):
+    with runs.Run(tmp_path / "whole0").locked():
         codes, errors = train("whole")
     assert codes == [1, 1], errors
     assert "is in use by" in errors[0]
@@ -209,8 +209,10 @@ def test_several_tensorflow_workers_are_refused(monkeypatch):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX clips in the optimizer")
 def test_an_overflow_survives_clipping_by_value():
+    from tvkeras.training import mirrored
+
     optimizer = keras.optimizers.SGD(clipvalue=0.5)
-    (clipped,) = backends._module._clipped([keras.ops.array([np.inf, np.nan, 2.0])], optimizer)
+    (clipped,) = mirrored.clipped([keras.ops.array([np.inf, np.nan, 2.0])], optimizer)
     found = keras.ops.convert_to_numpy(clipped)
     assert not np.isfinite(found[:2]).any()
     assert found[2] == 0.5

@@ -11,27 +11,28 @@ import keras
 import numpy as np
 import pytest
 
-from tests.conftest import BACKEND, ROOT
-from tvkeras import attacks, compare, config, evaluate, evaluation, runs, train, zoo
-from tvkeras.evaluation import card, page, suite
+import tvkeras
+from tests.conftest import BACKEND, ROOT, batch, net
+from tvkeras import attacks, compare, config, evaluation, train, zoo
+from tvkeras.evaluation import card, comparison, figures, page, reports, suite, trials
+from tvkeras.evaluation.detecting import Detection
+from tvkeras.evaluation.subject import Subject, twin
+from tvkeras.evaluation.trials import Trial
 
-TRIALS = (
-    suite.Trial(
-        name="PGD",
-        attack=attacks.ProjectedGradient(norm="l2", steps=5),
-        epsilons=(0.25, "1/2"),
-        images=30,
-    ),
-    suite.Trial(name="DDN", attack=attacks.DecoupledDirectionNorm(steps=20), images=40),
+PGD = Trial(
+    name="PGD",
+    attack=attacks.ProjectedGradient(norm="l2", steps=5),
+    epsilons=(0.25, "1/2"),
+    images=30,
 )
+DDN = Trial(name="DDN", attack=attacks.DecoupledDirectionNorm(steps=20))
 EPSILONS = {"l2": (0, 0.25, "1/2")}
 SETTINGS = {
-    "trials": TRIALS,
+    "suite": (PGD, DDN),
     "epsilons": EPSILONS,
-    "statistics": ("loss",),
-    "evasive": {"steps": 5, "weights": 2},
-    "evasive_images": 10,
+    "attacked_images": 40,
     "audited_images": 20,
+    "detection": Detection(evasive={"steps": 5, "search_steps": 2}, evasive_images=10),
     "note": "Trained briefly.",
 }
 
@@ -40,42 +41,39 @@ SETTINGS = {
 def run_dir(tmp_path_factory):
     """A trained run."""
     folder = tmp_path_factory.mktemp("run")
-    configured = config.configurable(train.train)
-    settings = ["train.epochs=2", "train.model_arguments={'width': 4}", "train.epsilons=(0.5,)"]
+    settings = ["Recipe.epochs=2", "Network.arguments={'width': 4}", "Task.epsilons=(0.5,)"]
     config.bind(["gin/digits_undefended.gin"], settings)
-    configured(run_dir=str(folder))
+    train.train(folder, **config.settings())
     return folder
 
 
 @pytest.fixture(scope="module")
 def evaluated(run_dir):
     """Its card, and the folder of it."""
-    output = run_dir / "evaluation"
-    return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **SETTINGS), output
+    output, subject = run_dir / "evaluation", Subject.of(run_dir)
+    return subject.evaluated(tvkeras.benchmark, output, command="none", **SETTINGS), output
 
 
 @pytest.fixture(scope="module")
 def masked(run_dir, evaluated, tmp_path_factory):
     """The same run with its logits scaled until the gradient vanishes: card and folder."""
-    classifier, about = runs.load(run_dir)
-    scaled = keras.layers.Rescaling(1e5)(classifier.outputs[0])
-    saturated = keras.Model(classifier.inputs, scaled)
-    output = tmp_path_factory.mktemp("masked")
-
-    more_than_there_are = dataclasses.replace(TRIALS[0], images=1000)
-    one_in_l1 = suite.Trial(
-        name="PGD l1", attack=attacks.ProjectedGradient(norm="l1"), epsilons=(1,), images=10
+    output, subject = tmp_path_factory.mktemp("masked"), Subject.of(run_dir)
+    scaled = keras.layers.Rescaling(1e5)(subject.classifier.outputs[0])
+    found = tvkeras.benchmark(
+        keras.Model(subject.classifier.inputs, scaled),
+        subject.test.images,
+        subject.test.labels,
+        suite=(
+            dataclasses.replace(PGD, images=None),
+            Trial(name="PGD l1", attack=attacks.ProjectedGradient(norm="l1"), images=10),
+        ),
+        epsilons={**EPSILONS, "l1": (1,)},
+        attacked_images=1000,  # more than there are
+        audited_images=20,
+        twin=twin(evaluated[1], "digits test"),
     )
-    settings = {
-        **SETTINGS,
-        "trials": (more_than_there_are, one_in_l1),
-        "epsilons": {**EPSILONS, "l1": (1,)},
-        "twin": str(evaluated[1]),
-        "statistics": (),  # its gradients are zero
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_run", lambda _: (saturated, about))
-        return evaluate.evaluate(run_dir=str(run_dir), output=str(output), **settings), output
+    found.save(output)
+    return found, output
 
 
 def table(output):
@@ -140,7 +138,7 @@ def test_the_evasive_attack_is_measured_at_its_own_threshold_alone(evaluated):
 
 
 @pytest.mark.slow
-def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
+def test_a_card_of_masked_gradients_is_marked_unreliable(masked, evaluated, run_dir):
     found, output = masked
     assert [(report.norm, report.verdict) for report in found.audit] == [
         ("l1", "not audited"),
@@ -151,7 +149,7 @@ def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
         10,
     ]
     report = found.audit[1]
-    assert report.surrogate == run_dir.name
+    assert report.surrogate == run_dir.name == evaluated[0].name
     assert {"gradient_free", "transfer"} <= set(report.named("fail"))
     assert card.Card.from_json((output / "card.json").read_text()) == found
     page = (output / "README.md").read_text()
@@ -164,22 +162,20 @@ def test_a_card_of_masked_gradients_is_marked_unreliable(masked, run_dir):
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_repeated_finds_the_same_without_attacking(
-    evaluated, run_dir, monkeypatch
-):
+def test_an_evaluation_that_is_repeated_finds_the_same_without_attacking(evaluated, run_dir):
     found, output = evaluated
-    calls = []
-    for attack in (attacks.ProjectedGradient, attacks.DecoupledDirectionNorm):
-        monkeypatch.setattr(attack, "search", lambda *_: calls.append(1))
-    outcomes = suite.run(
-        runs.load(run_dir)[0],
-        *(getattr(evaluate.data.load("digits", "test"), name) for name in ("images", "labels")),
-        TRIALS,
+
+    def kept():
+        return {path: path.stat().st_mtime_ns for path in (output / "attacks").rglob("batch*")}
+
+    before, subject = kept(), Subject.of(run_dir)
+    again = tvkeras.benchmark(
+        *(subject.classifier, subject.test.images, subject.test.labels),
+        **{**SETTINGS, "audited_images": 0, "corruptions": False},
         resume_dir=output / "attacks",
     )
-    assert not calls
-    reports = tuple(card.attack_report(outcome, EPSILONS["l2"]) for outcome in outcomes)
-    assert reports == found.attacks
+    assert kept() == before
+    assert (again.attacks, again.worst_case) == (found.attacks, found.worst_case)
 
 
 def result(distances):
@@ -194,75 +190,197 @@ def result(distances):
 
 def test_the_worst_case_is_the_smallest_distance_over_attacks_of_one_norm():
     pgd = suite.Outcome(
-        trial=TRIALS[0],
-        results={"0.25": result([np.inf, 0.2, 0.1]), "1/2": result([0.4, 0.5, 0.1])},
+        trial=PGD, results={"0.25": result([np.inf, 0.2, 0.1]), "1/2": result([0.4, 0.5, 0.1])}
     )
-    ddn = suite.Outcome(trial=TRIALS[1], results={"": result([0.3, np.inf, 0.2, 0.0])})
+    ddn = suite.Outcome(trial=DDN, results={"": result([0.3, np.inf, 0.2, 0.0])})
     np.testing.assert_array_equal(suite.worst_case([pgd, ddn], "l2"), [0.3, 0.2, 0.1])
     assert len(suite.worst_case([pgd, ddn], "linf")) == 0
     assert suite.broken(np.array([0.3, 0.2, np.inf]), "1/5").tolist() == [False, True, False]
-    few = dataclasses.replace(TRIALS[1], name="few", supplementary=True)
+    few = dataclasses.replace(DDN, name="few", supplementary=True)
     slow = suite.Outcome(trial=few, results={"": result([0.1])})
     np.testing.assert_array_equal(suite.worst_case([pgd, slow, ddn], "l2"), [0.1, 0.2, 0.1])
     np.testing.assert_array_equal(suite.worst_case([slow], "l2"), [0.1])
-    report = card.attack_report(ddn, ("1/5",))
+    report = reports.attack_report(ddn, ("1/5",))
     assert report.error["1/5"].value == 0.5
     assert report.median_distance == 0.25
 
 
-def test_a_page_names_the_attacks_that_met_fewer_images():
-    def report(name, count):
-        return card.AttackReport(
-            name=name,
-            settings="",
-            norm="l2",
-            error={"1/2": card.rate(np.arange(count) < 2)},
-            median_distance=None,
-            median_queries=1.0,
-        )
+def attack_report(name, count=40, **changes):
+    content = {
+        "settings": "",
+        "norm": "l2",
+        "error": {"1/2": reports.rate(np.arange(count) < 30)},
+        "median_distance": None,
+        "median_queries": 20.0,
+    }
+    return card.AttackReport(name=name, **{**content, **changes})
 
-    shown = page.render(by_hand(attacks=(report("PGD", 40), report("HopSkipJump", 5))))
+
+def test_a_page_names_the_attacks_that_met_fewer_images():
+    met = (attack_report("PGD"), attack_report("HopSkipJump", 5))
+    shown = page.render(by_hand(attacks=met))
     assert "HopSkipJump met 5 of them, and counts there." in shown
     assert "PGD met" not in shown
 
 
 def test_an_interval_covers_its_rate():
-    found = card.rate(np.arange(100) < 3)
+    found = reports.rate(np.arange(100) < 3)
     assert (found.value, found.n) == (0.03, 100)
     # Wilson (1927), by hand: centre and half-width at z = 1.96
     z2 = 1.959964**2
-    centre, half = (
-        (0.03 + z2 / 200) / (1 + z2 / 100),
-        1.959964 * np.sqrt(0.03 * 0.97 / 100 + z2 / 4e4),
-    )
-    np.testing.assert_allclose(
-        [found.low, found.high],
-        [centre - half / (1 + z2 / 100), centre + half / (1 + z2 / 100)],
-        rtol=1e-5,
-    )
-    nothing = card.rate(np.zeros(50, bool))
+    centre = (0.03 + z2 / 200) / (1 + z2 / 100)
+    half = 1.959964 * np.sqrt(0.03 * 0.97 / 100 + z2 / 4e4) / (1 + z2 / 100)
+    np.testing.assert_allclose([found.low, found.high], [centre - half, centre + half], rtol=1e-5)
+    nothing = reports.rate(np.zeros(50, bool))
     assert nothing.low == pytest.approx(0, abs=1e-12)
     assert nothing.high > 0.05
 
 
-def test_bad_settings_of_an_evaluation(tmp_path):
-    with pytest.raises(ValueError, match=r"must be the folder of a finished run.*tvkeras\.train"):
-        runs.load(tmp_path)
-    arguments = {"run_dir": str(tmp_path), "output": str(tmp_path)}
-    for trials, epsilons in ((TRIALS, {"linf": (0.1,)}), ((), EPSILONS)):
-        with pytest.raises(ValueError, match=r"epsilons must give radii in \['l2'\]"):
-            evaluate.evaluate(trials=trials, epsilons=epsilons, **arguments)
+# ---- Suites ------------------------------------------------------------------------------
+RADII = {"l2": (0, "1/2", 0.25, 1.0), "linf": ("8/255",)}
+
+
+def test_named_suites_meet_every_norm_at_its_radii():
+    quick = trials.chosen("quick", RADII)
+    assert [trial.name for trial in quick] == [
+        *("PGD l2", "DDN", "Square l2", "PGD linf", "FMN linf", "Square linf")
+    ]
+    assert quick[0].epsilons == (0.25, "1/2", 1.0)
+    assert quick[2].epsilons == ("1/2",)  # the middle one
+    standard = {trial.name: trial for trial in trials.chosen("standard", RADII)}
+    assert standard["AutoAttack linf"].attack == attacks.AutoAttack(norm="linf")
+    assert len(standard) == len(quick) + 2
+    if BACKEND == "tensorflow":
+        assert "Boundary" in {trial.name for trial in trials.chosen("talk", RADII)}
+    else:
+        with pytest.raises(ValueError, match=r"'talk' cannot be had.*KERAS_BACKEND=tensorflow"):
+            trials.chosen("talk", RADII)
+
+
+def test_a_suite_of_ones_own_joins_and_replaces():
+    chosen = trials.chosen(["quick", dataclasses.replace(DDN, name="PGD l2"), PGD.attack], RADII)
+    assert [trial.name for trial in chosen][0::6] == ["PGD l2", "ProjectedGradient l2"]
+    assert chosen[0].attack == DDN.attack
+    assert chosen[6].epsilons == (0.25, "1/2", 1.0)
+
+
+def test_what_is_not_autoattack_is_not_called_so():
+    with pytest.raises(ValueError, match="must not call ProjectedGradient AutoAttack"):
+        dataclasses.replace(PGD, name="Auto Attack")
+    auto = Trial(name="AutoAttack l2", attack=attacks.AutoAttack())
+    parts = {field: getattr(result([0.1]), field) for field in ("x_adv", "success", "queries")}
+    found = attacks.AutoAttackResult(
+        **parts, distance=np.ones(1), version="custom: 2 classes", broken_by=np.array([""])
+    )
+    report = reports.attack_report(suite.Outcome(trial=auto, results={"1": found}), ())
+    assert (report.name, report.settings) == ("custom suite l2", "custom: 2 classes")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("slow", r"suite must be one of \['quick', 'standard', 'talk'\]"),
+        ((), "for at least one trial"),
+        ([PGD, PGD], "different names"),
+        ([attacks.ProjectedGradient(norm="l1")], r"epsilons must give radii in \['l1'\]"),
+        ([attacks.ProjectedGradient], "suite must hold names, attacks and trials"),
+        (PGD, "suite must be a tuple"),
+    ],
+)
+def test_what_is_no_suite(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        trials.chosen(chosen, RADII)
+
+
+# ---- Any Keras classifier ----------------------------------------------------------------
+BRIEF = {"suite": [attacks.ProjectedGradient(steps=2)], "audited_images": 0, "corruptions": False}
+
+
+def brief(classifier, images, labels, **settings):
+    settings = {"norm": "l2", "epsilons": (0.1,), **BRIEF, **settings}
+    return tvkeras.benchmark(classifier, images, labels, **settings)
+
+
+def test_a_classifier_in_8_bit_bounds_has_the_card_of_the_same_in_unit_bounds(tmp_path):
+    classifier = net(dtype="float32")
+    pixels = keras.Input((6, 6, 2))
+    scaled = keras.Model(pixels, classifier(keras.layers.Rescaling(1 / 255)(pixels)))
+    images, labels = batch(dtype="float32")
+    guarded = {
+        "held_out_images": batch(40, seed=1)[0],
+        "detection": Detection(evasive={"steps": 3, "search_steps": 1}, evasive_images=4),
+    }
+    one = brief(classifier, images, labels, **guarded)
+    guarded["held_out_images"] = 255 * guarded["held_out_images"]
+    other = brief(scaled, 255 * images, labels, bounds=(0, 255), jacobian=True, **guarded)
+    assert other.worst_case == one.worst_case
+    assert other.detection[0].threshold == pytest.approx(one.detection[0].threshold, rel=1e-4)
+    assert other.gradient_norms.keys() == {"loss", "model"}
+    assert other.model["bounds"] == [0, 255]
+    other.save(tmp_path)
+    assert_page_is_its_card(tmp_path)
+    shown = (tmp_path / "README.md").read_text()
+    assert "images in [0, 255] of shape (6, 6, 2)" in shown
+    assert "They were not audited." in shown
+    assert len(table(tmp_path)) == len(labels)
+    assert "error at l2 0.1" in str(one)
+
+
+def test_large_images_come_in_small_batches():
+    inputs = keras.Input((None, None, 1))
+    outputs = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(inputs))
+    classifier, shapes = keras.Model(inputs, outputs), []
+    images = np.random.default_rng(0).random((5, 800, 800, 1), "float32")
+
+    class Noted(attacks.ProjectedGradient):
+        def search(self, model, images, *rest):
+            shapes.append(images.shape)
+            return images, np.ones(len(images), int)
+
+    brief(classifier, images, np.zeros(5, int), suite=[Noted()])
+    assert shapes == [(3, 800, 800, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"after": [keras.layers.Softmax()]}, r"must return logits.*tvkeras\.logits\(classifier\)"),
+        ({"images": batch()[0] * 255}, r"images must be finite and lie in \[0, 1\]"),
+        ({"labels": np.arange(8)}, r"labels must lie in 0\.\.3"),
+        ({"norm": None}, r"norm must be one of \['l1', 'l2', 'linf'\], got norm=None"),
+        ({"epsilons": {"l2": (0.1,)}}, "norm must be left out beside epsilons by norm"),
+        ({"norm": None, "epsilons": {"l3": (1,)}}, "a norm of epsilons must be one of"),
+        ({"epsilons": (0, "0/255")}, "epsilons must hold a radius above 0"),
+        ({"epsilons": 0.1}, "epsilons must be a tuple"),
+        ({"note": 5}, "note must be text, got note=5"),
+        ({"attacked_images": 0}, "attacked_images must be a whole number >= 1"),
+        ({"audited_images": -1}, "audited_images must be a whole number >= 0"),
+        ({"held_out_images": batch()[0]}, "Use more images"),
+        (
+            {"held_out_images": batch()[0] * 2},
+            r"held_out_images must be finite and lie in \[0, 1\]",
+        ),
+    ],
+)
+def test_what_cannot_be_measured(changes, message):
+    images, labels = batch()
+    classifier = keras.Sequential([net(dtype="float32"), *changes.pop("after", ())])
+    classifier.build((None, 6, 6, 2))
+    with pytest.raises(ValueError, match=message):
+        brief(classifier, **{"images": images, "labels": labels, **changes})
+
+
+def test_illegal_settings():
     with pytest.raises(ValueError, match="epsilons of trial 'x' must be empty"):
-        suite.Trial(name="x", attack=attacks.DecoupledDirectionNorm(), epsilons=(0.1,))
-    with pytest.raises(ValueError, match="epsilons of trial 'x' must be given"):
-        suite.Trial(name="x", attack=attacks.ProjectedGradient())
-    with pytest.raises(ValueError, match="different names"):
-        suite.run(None, None, None, [TRIALS[0], TRIALS[0]])
+        Trial(name="x", attack=attacks.DecoupledDirectionNorm(), epsilons=(0.1,))
+    with pytest.raises(ValueError, match="statistics must be one of"):
+        Detection(statistics=("logits",))
     for schema in (1, 99):
         with pytest.raises(ValueError, match=f"schema={schema}, .* evaluation again"):
             card.Card.from_json(json.dumps({"schema": schema}))
 
 
+# ---- Cards and pages ---------------------------------------------------------------------
 def assert_page_is_its_card(folder):
     """The page is what the card beside it renders to, and its figures are there."""
     found = card.Card.from_json((folder / "card.json").read_text())
@@ -281,7 +399,7 @@ def test_published_pages_are_their_cards(path):
 
 def by_hand(**changes):
     """A card that nothing was measured for."""
-    share = card.rate(np.arange(40) < 10)
+    share = reports.rate(np.arange(40) < 10)
     check = evaluation.Check("unbounded", "fail", None, "No good.")
     audit = card.AuditReport(
         norm="l2", verdict="unreliable", images=40, surrogate=None, checks=(check,)
@@ -320,22 +438,6 @@ def by_hand(**changes):
     return card.Card(**{**content, **changes})
 
 
-def test_a_changed_page_or_card_is_noticed(tmp_path):
-    page.write(by_hand(), tmp_path)
-    assert_page_is_its_card(tmp_path)
-    path = tmp_path / "README.md"
-    path.write_text(path.read_text().replace("25.0", "15.0"))
-    with pytest.raises(AssertionError):
-        assert_page_is_its_card(tmp_path)
-    page.write(by_hand(), tmp_path)
-    (tmp_path / "card.json").write_text(by_hand(seed=8).to_json())
-    with pytest.raises(AssertionError):
-        assert_page_is_its_card(tmp_path)
-    page.write(by_hand(figures={"a curve": "missing.png"}), tmp_path)
-    with pytest.raises(AssertionError):
-        assert_page_is_its_card(tmp_path)
-
-
 def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
     text = page.render(by_hand())
     assert '\n# the "first": one: unreliable\n' in text
@@ -354,24 +456,21 @@ def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
 DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
 
 
-def test_a_card_before_notes_is_read_and_keeps_its_page():
-    noted = by_hand(note="Trained briefly.")
-    assert "\n\nTrained briefly.\n\n" in page.render(noted)
-    content = json.loads(noted.to_json())
-    del content["note"]
-    older = card.Card.from_json(json.dumps({**content, "schema": 2}))
-    assert older == by_hand(schema=2)
-    before = page.render(by_hand(note="Trained briefly.", schema=3))
-    assert page.render(older) == before.replace("Trained briefly.\n\n", "")
-    assert "Threat model" in page.render(noted)
-    assert "Threat model" not in before
-
-
-def test_corruptions_are_read_and_shown_where_they_were_measured():
-    measured = by_hand(corruption_error={"contrast x 0.4": card.rate(np.arange(40) < 20)})
-    assert card.Card.from_json(measured.to_json()) == measured
-    assert "| contrast x 0.4 | 50.0 (35.2-64.8) |" in page.render(measured)
-    assert "Without an attacker" not in page.render(by_hand())
+def test_a_card_of_an_older_schema_is_read_and_keeps_its_page():
+    measured = {"contrast x 0.4": reports.rate(np.arange(40) < 20)}
+    noted = by_hand(note="Trained briefly.", corruption_error=measured)
+    assert card.Card.from_json(noted.to_json()) == noted
+    for shown in (
+        "\n\nTrained briefly.\n\n",
+        "| contrast x 0.4 | 50.0 (35.2-64.8) |",
+        "Threat model",
+    ):
+        assert shown in page.render(noted)
+        assert shown not in page.render(by_hand(schema=3))
+    content = json.loads(by_hand(schema=2).to_json())
+    for name in ("note", "corruption_error", "suite"):
+        del content[name]
+    assert card.Card.from_json(json.dumps(content)) == by_hand(schema=2)
 
 
 RATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 8}
@@ -408,16 +507,11 @@ def test_a_damaged_card_is_refused_with_what_is_wrong(changes, message):
 
 
 def test_cards_are_tabled_side_by_side():
-    attack = card.AttackReport(
-        name="PGD",
-        settings="",
-        norm="l2",
-        error={"1/2": card.rate(np.arange(40) < 30)},
-        median_distance=None,
-        median_queries=20.0,
+    one, other = (
+        by_hand(name="one", attacks=(attack_report("PGD"),)),
+        by_hand(name="other", detection=()),
     )
-    one, other = by_hand(name="one", attacks=(attack,)), by_hand(name="other", detection=())
-    lines = compare.tables({"one": one, "other": other}).splitlines()
+    lines = comparison.tables({"one": one, "other": other}).splitlines()
     assert lines.count("|  | one | other |") == 3
     for row in (
         "| clean | 25.0 | 25.0 |",
@@ -433,34 +527,24 @@ def test_cards_are_tabled_side_by_side():
     ):
         assert lines.count(row) == 1, row
     with pytest.raises(ValueError, match=r"of one test set, got \['cifar10 test', 'digits test'\]"):
-        compare.tables({"one": one, "other": by_hand(dataset="cifar10 test")})
+        comparison.tables({"one": one, "other": by_hand(dataset="cifar10 test")})
 
 
-def test_errors_are_drawn_in_the_order_of_the_weights(tmp_path, monkeypatch):
+def test_errors_are_in_the_order_of_the_weights(tmp_path):
     training = by_hand().training
-    weak, strong = (
-        by_hand(name=str(weight), training={**training, "defense": DEFENSE.format(weight)})
-        for weight in (0.1, "'8/10'")
+    weak, strong, trades = (
+        by_hand(training={**training, "defense": defense})
+        for defense in (DEFENSE.format(0.1), DEFENSE.format("'8/10'"), "TRADES(beta=6.0)")
     )
-    drawn = []
-    monkeypatch.setattr(
-        compare.figures, "over_regularisation", lambda *arguments: drawn.append(arguments)
-    )
-    compare.draw([strong, by_hand(name="plain"), weak], tmp_path / "comparison.png")
-    labels, errors, path = drawn[0]
+    labels, errors = comparison.by_weights([strong, by_hand(), weak])
     assert labels == ["0 / 0", "0.1 / 0.1", "0.8 / 0.1"]
-    assert {name: [rate.value for rate in rates] for name, rates in errors.items()} == {
-        "clean": [0.25] * 3,
-        "l2 1/2": [0.25] * 3,
-    }
-    monkeypatch.undo()
-    compare.draw([strong, weak], path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert errors == dict.fromkeys(("clean", "l2 1/2"), [by_hand().clean_error] * 3)
+    figures.over_regularisation(labels, errors, tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     other = by_hand(worst_case=(dataclasses.replace(weak.worst_case[0], norm="linf"),))
-    trained = by_hand(training={**training, "defense": "TRADES(beta=6.0)"})
-    for bad, message in ((other, "share no norm and radius"), (trained, r"got .*TRADES")):
+    for bad, message in ((other, "share no norm and radius"), (trades, r"got .*TRADES")):
         with pytest.raises(ValueError, match=message):
-            compare.draw([weak, bad], path)
+            comparison.by_weights([weak, bad])
 
 
 def test_cards_are_read_from_folders_and_the_zoo(tmp_path):
@@ -473,57 +557,71 @@ def test_cards_are_read_from_folders_and_the_zoo(tmp_path):
 
 @pytest.mark.slow
 def test_bad_settings_of_a_run_that_exists(run_dir, evaluated, tmp_path):
-    def refused(message, **changes):
-        settings = {"run_dir": str(run_dir), "output": str(tmp_path), **SETTINGS, **changes}
-        with pytest.raises(ValueError, match=message):
-            evaluate.evaluate(**settings)
-        assert not list(tmp_path.glob("card.json"))
-
-    refused("twin must be the folder of an evaluation.*'nowhere'", twin="nowhere")
-    refused(r"epsilons\['l2'\] must hold a radius above 0", epsilons={"l2": (0, "0/255")})
-    refused("a norm of epsilons must be one of", epsilons={"l2": (1,), "l3": (1,)})
-    refused("note must be text, got note=5", note=5)
-    refused("audited_images must be a whole number >= 1", audited_images=0)
-    refused("clean_images must be at least .* 40, got clean_images=39", clean_images=39)
-    refused("Use more images", false_positive_rate=1e-3)
-    content = json.loads((evaluated[1] / "card.json").read_text())
-    for name in ("card.json", "examples.csv"):
-        (tmp_path / "twin").mkdir(exist_ok=True)
-        (tmp_path / "twin" / name).write_text(json.dumps({**content, "dataset": "mnist test"}))
-    refused("twin must be evaluated on 'digits test'", twin=str(tmp_path / "twin"))
+    with pytest.raises(ValueError, match="twin must be the folder of an evaluation"):
+        twin(tmp_path / "nowhere", "digits test")
+    with pytest.raises(ValueError, match="twin must be evaluated on 'mnist test'"):
+        twin(evaluated[1], "mnist test")
     about = json.loads((run_dir / "run.json").read_text())
     for missing in ("num_classes", "results"):
         unfinished = tmp_path / missing
         shutil.copytree(run_dir, unfinished)
         rest = {name: value for name, value in about.items() if name != missing}
         (unfinished / "run.json").write_text(json.dumps(rest))
-        refused(f"lacks \\['{missing}'\\]", run_dir=str(unfinished))
+        with pytest.raises(ValueError, match=f"lacks \\['{missing}'\\]"):
+            Subject.of(unfinished)
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "tvkeras.evaluate", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+DIGITS = "--gin_file=gin/evaluate_digits.gin"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gin_file=gin/evaluate_digits.gin"], "must be the folder of a finished run"),
-        ([], "--gin_file must name the attacks"),
-        (["--gin_file=gin/evaluate_digits.gin", "--gin_param=Trial.images=0"], "images must be"),
+        (["--model=nowhere", DIGITS], "must be the folder of a finished run"),
+        (["--model=nowhere.keras", DIGITS], "--dataset must name the test images"),
+        (
+            ["--model=digits_tv_lip", DIGITS, "--gin_param=benchmark.attacked_images=0"],
+            "attacked_images must be",
+        ),
     ],
 )
 def test_the_command_ends_with_an_error_and_no_traceback(arguments, message):
-    command = [sys.executable, "-m", "tvkeras.evaluate", "--model=nowhere", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    ended = command(*arguments)
     assert ended.returncode == 1
     assert "error: " in ended.stderr
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
+def test_the_command_evaluates_what_keras_saved(run_dir, tmp_path):
+    Subject.of(run_dir).classifier.save(tmp_path / "mine.keras")
+    brief = [
+        *("benchmark.suite=[@ProjectedGradient()]", "benchmark.audited_images=0"),
+        *("benchmark.attacked_images=10", "benchmark.epsilons={'l2': (0.5,)}"),
+    ]
+    model = f"--model={tmp_path / 'mine.keras'}"
+    ended = command(model, "--dataset=digits", *(f"--gin_param={line}" for line in brief))
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / "mine" / "evaluation"
+    assert_page_is_its_card(folder)
+    found = card.find(folder)
+    assert (found.name, found.dataset, found.suite) == ("mine", "digits test", "custom")
+    assert str(found) in ended.stdout
+    assert len(table(folder)) == 360
+
+
 TRAINING = """
 import sys
 from tvkeras import config, train
-configured = config.configurable(train.train)
-config.bind(["gin/digits_undefended.gin"], ["train.epochs=1", "train.model_arguments={'width': 4}"])
-configured(run_dir=sys.argv[1])
+config.bind(["gin/digits_undefended.gin"], ["Recipe.epochs=1", "Network.arguments={'width': 4}"])
+train.train(sys.argv[1], **config.settings())
 """
 
 
@@ -535,8 +633,8 @@ def test_a_run_of_the_other_backend_is_evaluated(tmp_path):
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
     trained = json.loads((tmp_path / "run.json").read_text())
     assert trained["versions"]["backend"] == other
-    settings = {**SETTINGS, "trials": TRIALS[:1], "statistics": ()}
-    found = evaluate.evaluate(run_dir=str(tmp_path), output=str(tmp_path / "out"), **settings)
+    subject = Subject.of(tmp_path)
+    found = brief(subject.classifier, subject.test.images, subject.test.labels, attacked_images=20)
     assert found.versions["backend"] == BACKEND
     assert found.clean_error.value == pytest.approx(trained["results"]["clean_error"], abs=0.003)
     assert found.gradient_norms["loss"]["mean"] == pytest.approx(

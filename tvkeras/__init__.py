@@ -4,7 +4,6 @@ Names are imported on first use: `import tvkeras` loads neither Keras nor a back
 """
 
 import importlib
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +14,20 @@ if TYPE_CHECKING:
         data,
         detection,
         evaluation,
-        export,
         inference,
         models,
         norms,
+        saved_model,
         serving,
         zoo,
     )
     from tvkeras.defenses import TRADES, AdversarialTraining, Defense, TVLipschitz, Undefended
+    from tvkeras.evaluation.benchmark import benchmark
     from tvkeras.models.head import logits
     from tvkeras.training.classifier import RobustClassifier
     from tvkeras.training.fine_tune import defend
 
 __version__ = "0.1.0"
-
-# TensorFlow leaves oneDNN off on CPUs without AVX-512, where it is 1.5 times faster too
-# (BUILD.md, "Speed"). It reads the variable when it is first imported.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-
-if sys.argv[:1] == ["-m"]:  # so long as Python looks for the module of `python -m tvkeras.train`
-    from tvkeras import terminal
-
-    terminal.quiet()
 
 _HOMES = {
     "AdversarialTraining": "defenses",
@@ -45,6 +36,7 @@ _HOMES = {
     "TRADES": "defenses",
     "TVLipschitz": "defenses",
     "Undefended": "defenses",
+    "benchmark": "evaluation.benchmark",
     "defend": "training.fine_tune",
     "logits": "models.head",
 }
@@ -57,16 +49,17 @@ __all__ = [
     "TVLipschitz",
     "Undefended",
     "attacks",
+    "benchmark",
     "bounds",
     "data",
     "defend",
     "detection",
     "evaluation",
-    "export",
     "inference",
     "logits",
     "models",
     "norms",
+    "saved_model",
     "serving",
     "zoo",
 ]
@@ -82,3 +75,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+# So long as Python looks for the module of `python -m tvkeras.train`: before it imports Keras.
+if sys.argv[:1] == ["-m"] and any(a.startswith(("tvkeras.", "-mtvkeras.")) for a in sys.orig_argv):
+    from tvkeras import terminal
+
+    terminal.prepare()

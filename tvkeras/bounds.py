@@ -1,10 +1,17 @@
 """Lower bounds on the distance to the decision boundary, each typed by what it is worth.
 
-`estimated_bound` rests on gradients that were seen, `smoothed_bound` holds with a
-stated probability.
+`estimated_bound` rests on gradients that were seen; `Smoothed` votes under noise, and what it
+certifies holds with a stated probability.
 """
 
 import dataclasses
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import timeit
+from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
@@ -12,11 +19,14 @@ import numpy as np
 import scipy.stats
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.inference import CompiledClassifier, loss_statistics
+from tvkeras import checkpoint, checks, norms
+from tvkeras.inference import CompiledClassifier, Logits, equal_batches, loss_statistics
 from tvkeras.inputs import as_float
 
 Tensor = Any
+
+ABSTAIN = -1  # in place of a class
+_MOST_SAMPLES = 2_000_000  # `inference.Randomness` numbers no more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +37,7 @@ class Bound:
         kind: "estimated" (from a finite sample of gradients: may be wrong anywhere) or
             "probabilistic" (right for an image with a stated probability).
         norm: The norm that `radius` is measured in.
-        radius: float64 `(count,)`, pixel units: no image nearer than this is
+        radius: float64 `(count,)`, in units of [0, 1]: no image nearer than this is
             classified otherwise; 0 where nothing is claimed.
         classes: int64 `(count,)`: the class that the claim is about, the
             classifier's own; -1 where the smoothed classifier abstains.
@@ -39,6 +49,33 @@ class Bound:
     radius: np.ndarray
     classes: np.ndarray
     assumptions: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothedBound(Bound):
+    """What `Smoothed.certify` found, and the votes that it found it by.
+
+    Attributes:
+        sigma: Standard deviation of the noise, in units of [0, 1].
+        confidence: Probability, for each image, that class and radius are right: 1 - alpha.
+        seed: Of the noise.
+        selection_votes: int64 `(count, num_classes)`: how many noisy copies were given
+            each class, of those that chose one.
+        votes: int64 `(count, num_classes)`: the same, of those that the radius rests on.
+    """
+
+    kind: Literal["probabilistic"] = "probabilistic"
+    norm: str = "l2"
+    sigma: float
+    confidence: float
+    seed: int
+    selection_votes: np.ndarray
+    votes: np.ndarray
+
+    @property
+    def abstained(self) -> np.ndarray:
+        """Where nothing is claimed: booleans, shape `(count,)`."""
+        return self.classes == ABSTAIN
 
 
 def estimated_bound(
@@ -87,82 +124,207 @@ def estimated_bound(
     )
 
 
-def smoothed_bound(
-    classifier: keras.Model | CompiledClassifier,
-    images: np.ndarray,
-    *,
-    sigma: float,
-    selection_samples: int = 100,
-    samples: int = 10_000,
-    alpha: float = 0.001,
-    batch_size: int = 500,
-    seed: int = 0,
-) -> Bound:
-    """Randomised smoothing: sigma Phi^-1(p), with p a lower bound of a probability.
+class Smoothed:
+    """The classifier that answers what another one answers most often under noise.
 
-    The smoothed classifier answers the class that the classifier gives most often to
-    x + sigma z, z normal. `selection_samples` draws (the paper's n0) choose the class;
-    `samples` new ones (n) count how often it occurs, and p is the one-sided
-    Clopper-Pearson bound of its probability at level 1 - alpha. Where p <= 1/2 it
-    abstains. The bound is about the *smoothed* classifier; noise is not clipped.
+    g(x) = argmax_k P(f(x + sigma z) = k), z standard normal, f the class that `model`
+    gives; noisy pixels are not clipped. Probabilities are counted on noisy copies of an
+    image, so that an answer holds with probability 1 - alpha, image by image, or is none.
+    (seed, i, s) decides the noise of image i's copy s, whatever the batch, on one backend.
 
     Args:
-        classifier: Maps images to logits.
-        images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
-            `(count, height, width, channels)`.
-        sigma: Standard deviation of the noise, in pixel units.
-        selection_samples: Draws that choose the class.
-        samples: Draws that bound its probability.
-        alpha: Probability, for each image, that its radius is wrong.
-        batch_size: Noisy images in a batch.
-        seed: Of the noise.
+        model: Maps images to logits; trained under such noise (`data.Augmentation.noise`).
+        sigma: Standard deviation of the noise, in units of [0, 1] whatever its bounds.
+        seed: Of the noise; who knows it can aim at these very copies.
+        batch_size: Noisy copies in a batch, at most.
 
-    Returns:
-        A probabilistic bound in l2; radius 0 and class -1 where it abstains.
+    Raises:
+        ValueError: For an illegal argument, or a model that is no classifier.
 
-    Reference: Cohen et al. (2019), arXiv:1902.02918.
+    Example:
+    ```python
+    smoothed = tvkeras.bounds.Smoothed(classifier, sigma=0.25)
+    bound = smoothed.certify(images, progress=True, resume_dir="certified")
+    proved = (bound.classes == labels) & (bound.radius >= 0.5)
+    ```
+
+    Reference: Cohen, Rosenfeld & Kolter (2019), arXiv:1902.02918.
     """
-    checks.number("sigma", sigma, minimum=0.0, exclusive=True)
-    checks.number("alpha", alpha, minimum=0.0, maximum=1.0, exclusive=True)
-    sizes = {"selection_samples": selection_samples, "samples": samples, "batch_size": batch_size}
-    for name, value in sizes.items():
-        checks.whole_number(name, value, minimum=1)
-    model = CompiledClassifier.of(classifier)
-    images = as_float(model.images(images), model.bounds)
-    model.logits(images[:1])  # refuses other than logits
 
-    def draw(logits: Any, image: Tensor, rows: Tensor, sigma: Tensor, *key: Tensor) -> Tensor:
-        number, step = key
-        with model.randomness(number).at(step) as generator:
-            noise = keras.random.normal((batch_size, *image.shape), dtype="float32", seed=generator)
-        outputs = logits(image + sigma * noise)
-        hits = ops.one_hot(ops.argmax(outputs, axis=1), outputs.shape[-1], dtype="int32")
-        return ops.sum(ops.where((ops.arange(batch_size) < rows)[:, None], hits, 0), axis=0)
+    def __init__(
+        self,
+        model: keras.Model | CompiledClassifier,
+        sigma: float,
+        *,
+        seed: int = 0,
+        batch_size: int = 500,
+    ) -> None:
+        self.sigma = checks.number("sigma", sigma, minimum=0.0, maximum=10.0, exclusive=True)
+        self.seed = checks.whole_number("seed", seed)
+        self.batch_size = checks.whole_number("batch_size", batch_size, minimum=1)
+        self.model = CompiledClassifier.of(model)
 
-    drawn = model.compiled(("smoothing", batch_size), draw)
+    def predict(
+        self, images: np.ndarray, *, samples: int = 1000, alpha: float = 0.001
+    ) -> np.ndarray:
+        """The smoothed classifier's answers, or `ABSTAIN`.
 
-    def counts(index: int, total: int, first_step: int) -> np.ndarray:
-        number = np.random.default_rng((seed, index)).integers(2**31, dtype=np.int32)
-        rest = range(total, 0, -batch_size)
-        parts = [
-            drawn(images[index], np.int32(rows), np.float32(sigma), number, np.int32(step))
-            for step, rows in enumerate(rest, first_step)
-        ]
-        return np.sum(parts, axis=0)
+        The first class wins if a two-sided binomial test tells it from the second one.
 
-    radius, classes = np.zeros(len(images)), np.full(len(images), -1)
-    for index in range(len(images)):
-        candidate = int(counts(index, selection_samples, 0).argmax())
-        hits = counts(index, samples, -(-selection_samples // batch_size))[candidate]
-        likely = scipy.stats.beta.ppf(alpha, hits, samples - hits + 1) if hits else 0.0
-        if likely > 0.5:
-            radius[index] = sigma * scipy.stats.norm.ppf(likely)
-            classes[index] = candidate
-    return Bound(
-        kind="probabilistic",
-        norm="l2",
-        radius=radius,
-        classes=classes,
-        assumptions=f"each image's radius is right with probability {1 - alpha:g}, for the "
-        f"classifier smoothed by noise of standard deviation {sigma:g}, not for its base",
-    )
+        Args:
+            images: As for `certify`.
+            samples: Noisy copies of each image.
+            alpha: Probability, for each image, of an answer that is not g's.
+
+        Returns:
+            int64 `(count,)`: classes, -1 where it abstains.
+
+        Raises:
+            ValueError: For an illegal argument, or images that are none of the model's.
+        """
+        _check_samples(samples, alpha, 2)
+        votes = self._votes(self.model.images(images), (samples,))[:, 0]
+        second, first = np.sort(votes, axis=1)[:, -2:].T
+        p_value = 2 * scipy.stats.binom.sf(first - 1, first + second, 0.5)
+        return np.where(p_value > alpha, ABSTAIN, votes.argmax(axis=1))
+
+    def certify(
+        self,
+        images: np.ndarray,
+        *,
+        samples: int = 10_000,
+        selection_samples: int = 100,
+        alpha: float = 0.001,
+        progress: bool = False,
+        resume_dir: str | os.PathLike[str] | None = None,
+    ) -> SmoothedBound:
+        """Answers with the l2 radius in which each is proved to stay the same.
+
+        The first copies choose a class, the others count how often it occurs. With p the
+        one-sided Clopper-Pearson bound of its probability at level 1 - alpha, the radius
+        is sigma Phi^-1(p); where p < 1/2 it abstains. No radius can exceed
+        sigma Phi^-1(alpha^(1 / samples)).
+
+        Args:
+            images: Floats in the model's bounds, by default [0, 1], or uint8; shape
+                `(count, height, width, channels)`.
+            samples: Copies of each image that bound the probability (the paper's n).
+            selection_samples: Copies that choose the class (n0).
+            alpha: Probability, for each image, that its class or radius is wrong.
+            progress: Whether to say first how long it takes, and to show a progress bar.
+            resume_dir: Folder that keeps each image's votes; an interrupted call goes on
+                from there, with another `alpha` or batch size too.
+
+        Raises:
+            ValueError: For an illegal argument, images that are none of the model's, or a
+                `resume_dir` of other votes.
+        """
+        _check_samples(samples, alpha, 1, selection_samples)
+        images = self.model.images(images)
+        splits = (selection_samples, samples)
+        selection, votes = np.moveaxis(self._votes(images, splits, progress, resume_dir), 1, 0)
+        classes = selection.argmax(axis=1)
+        hits = np.maximum(votes[np.arange(len(votes)), classes], 1)  # it abstains at 1 as at 0
+        probability = scipy.stats.beta.ppf(alpha, hits, samples - hits + 1)
+        abstained = probability < 0.5
+        return SmoothedBound(
+            radius=np.where(abstained, 0.0, self.sigma * scipy.stats.norm.ppf(probability)),
+            classes=np.where(abstained, ABSTAIN, classes),
+            assumptions=f"each class and radius is right with probability {1 - alpha:g}, for the "
+            f"classifier under noise of {self.sigma:g}, not without; float32 counts as exact",
+            sigma=self.sigma,
+            confidence=1 - alpha,
+            seed=self.seed,
+            selection_votes=selection,
+            votes=votes,
+        )
+
+    def cost(self, images: np.ndarray, samples: int = 10_100) -> float:
+        """Seconds that so many copies of each image take here, by the time of one batch."""
+        images = self.model.images(images)
+        batches = equal_batches(samples, self.batch_size)
+        batch = functools.partial(self._answers, images, 0, batches[0])
+        batch()  # compiles
+        return timeit.timeit(batch, number=1) * len(batches) * len(images)
+
+    def _votes(
+        self,
+        images: np.ndarray,
+        splits: tuple[int, ...],
+        progress: bool = False,
+        folder: Any = None,
+    ) -> np.ndarray:
+        """How often each class won among each split's copies: `(count, splits, num_classes)`."""
+        self.model.logits(as_float(images[:1], self.model.bounds))  # refuses other than logits
+        folder = None if folder is None else pathlib.Path(folder)
+        identity = "" if folder is None else self._identity(images, splits)
+        if progress:
+            left = len(images) - len(list(folder.glob("image-*")) if folder else [])
+            minutes = self.cost(images[:1], sum(splits)) * left / 60
+            print(f"{left} images, {sum(splits):,} noisy copies each: about {minutes:.1f} min")
+        bar = keras.utils.Progbar(len(images), verbose=int(progress), unit_name="image")
+        votes = []
+        for index in range(len(images)):
+            count = functools.partial(self._count, images, index, splits)
+            path = folder and folder / f"image-{index:05d}"
+            votes.append(count() if path is None else _kept(path, identity, count))
+            bar.update(index + 1)
+        return np.stack(votes)
+
+    def _count(self, images: np.ndarray, index: int, splits: tuple[int, ...]) -> np.ndarray:
+        """One image's votes, shape `(splits, num_classes)`."""
+        classes = self.model.num_classes(images)
+        batches = equal_batches(sum(splits), self.batch_size)
+        answers = np.concatenate([self._answers(images, index, rows) for rows in batches])
+        parts = np.split(answers[: sum(splits)], np.cumsum(splits)[:-1])
+        return np.stack([np.bincount(part, minlength=classes) for part in parts])
+
+    def _answers(self, images: np.ndarray, index: int, copies: np.ndarray) -> np.ndarray:
+        """The model's class of each noisy copy, shape of `copies`, their numbers."""
+        image = as_float(images[index], self.model.bounds)
+        number = np.random.default_rng((self.seed, index)).integers(2**31, dtype=np.int32)
+
+        def answers(logits: Logits, *tensors: Tensor) -> Tensor:
+            image, sigma, number, copies = tensors
+
+            def noise(copy: Tensor) -> Tensor:
+                with self.model.randomness(number).at(copy) as generator:
+                    return keras.random.normal(image.shape, dtype="float32", seed=generator)
+
+            return ops.argmax(logits(image + sigma * ops.map(noise, copies)), axis=1)
+
+        call = self.model.compiled(("smoothed", image.shape), answers, own=True)
+        return call(image, np.float32(self.sigma), number, copies.astype(np.int32))
+
+    def _identity(self, images: np.ndarray, splits: tuple[int, ...]) -> str:
+        model, backend = self.model, keras.backend.backend()
+        settings = (self.sigma, self.seed, splits, images.shape, model.bounds, backend)
+        digest = hashlib.sha256(repr(settings).encode())
+        digest.update(np.ascontiguousarray(images).data)
+        digest.update(model.fingerprint())
+        return digest.hexdigest()
+
+
+def _kept(path: pathlib.Path, identity: str, count: Callable[[], np.ndarray]) -> np.ndarray:
+    """The votes in the file at `path`, counted and written if there is none."""
+    if not path.exists():
+        checkpoint.save(path, {"votes": count()}, {"identity": identity})
+    arrays, meta = checkpoint.load(path)
+    if meta["identity"] != identity:
+        raise ValueError(
+            f"resume_dir {path.parent} holds other votes (other settings, images, weights or "
+            "backend). Use another folder, or remove that one."
+        )
+    return arrays["votes"]
+
+
+def _check_samples(samples: int, alpha: float, tails: int, selection_samples: int = 1) -> None:
+    """Checks that so many votes can be drawn and, were they all the same, would be believed."""
+    checks.number("alpha", alpha, minimum=0.0, maximum=0.5, exclusive=True)
+    checks.whole_number("selection_samples", selection_samples, minimum=1)
+    fewest = math.ceil(math.log2(tails / alpha))
+    if not fewest <= checks.whole_number("samples", samples) <= _MOST_SAMPLES - selection_samples:
+        raise ValueError(
+            f"samples must be {fewest} to {_MOST_SAMPLES} for alpha={alpha:g}, those that select "
+            f"included, got samples={samples}. With fewer it would abstain on every image."
+        )

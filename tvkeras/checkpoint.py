@@ -41,7 +41,12 @@ def save(
         meta: Anything that JSON holds.
         previous: Where the file that is at `path` now goes; None replaces it.
     """
-    write_atomically(path, pack(arrays, meta), previous)
+    buffer = io.BytesIO()
+    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
+    np.savez(buffer, meta=header, **entries)
+    payload = buffer.getvalue()
+    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload, previous)
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -53,18 +58,8 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return unpack(path.read_bytes(), path)
 
 
-def pack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-    """What `save` writes."""
-    buffer = io.BytesIO()
-    header = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    entries: dict[str, Any] = {f"array:{name}": array for name, array in arrays.items()}
-    np.savez(buffer, meta=header, **entries)
-    payload = buffer.getvalue()
-    return MAGIC + hashlib.sha256(payload).digest() + payload
-
-
 def unpack(content: bytes, path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the header that `pack` was given; `path` is named in the error.
+    """The arrays and the header that `save` wrote; `path` is named in the error.
 
     Raises:
         DamagedError: If the content is truncated, altered or something else.

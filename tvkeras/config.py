@@ -9,13 +9,19 @@ import gin
 from absl import flags
 
 from tvkeras import attacks, data, defenses
-from tvkeras.evaluation import suite
+from tvkeras.evaluation import trials
 from tvkeras.training import schedules
+from tvkeras.training.averaging import Lookahead
+from tvkeras.training.settings import Execution, Network, Recipe, Task
 
-GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
-GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "A binding, such as train.epochs=30.")
-
+SETTINGS = {
+    "task": Task,
+    "network": Network,
+    "recipe": Recipe,
+    "execution": Execution,
+}
 CONFIGURABLES: tuple[Callable[..., Any], ...] = (
+    *SETTINGS.values(),
     attacks.AutoAttack,
     attacks.AutoPGD,
     attacks.CarliniWagner,
@@ -29,12 +35,12 @@ CONFIGURABLES: tuple[Callable[..., Any], ...] = (
     defenses.TRADES,
     defenses.TVLipschitz,
     defenses.Undefended,
-    schedules.lookahead,
+    Lookahead,
     schedules.one_cycle,
     schedules.sgd,
     schedules.step_decay,
     schedules.triangle,
-    suite.Trial,
+    trials.Trial,
 )
 
 
@@ -42,25 +48,34 @@ class ConfigError(ValueError):
     """A gin file or binding that names something unknown."""
 
 
+def define_flags() -> None:
+    """Defines --gin_file and --gin_param, for the program that calls it."""
+    flags.disclaim_key_flags()  # they are the caller's, whose --help lists them
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
+    flags.DEFINE_multi_string("gin_param", [], "A binding, such as Recipe.epochs=30.")
+
+
 def configurable(
     root: Callable[..., Any], more: Sequence[Callable[..., Any]] = ()
 ) -> Callable[..., Any]:
-    """Makes the package's configurables and a command's root function known to gin.
-
-    Args:
-        root: The command's function.
-        more: Configurables of this command alone.
+    """Makes a command's root function, and `more` configurables, known to gin.
 
     Returns:
         The root, which takes the arguments it is not given from the configuration.
     """
-    for function in (*CONFIGURABLES, *more):
+    for function in more:
         _register(function)
     return _register(root)
 
 
+def settings() -> dict[str, Any]:
+    """Arguments of `tvkeras.training.loop.train`, as the configuration has them."""
+    found = {name: _register(kind)() for name, kind in SETTINGS.items()}
+    return {**found, "configuration": operative}
+
+
 def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
-    """Reads gin files, then single bindings such as "train.epochs=30", which win.
+    """Reads gin files, then single bindings such as "Recipe.epochs=30", which win.
 
     Raises:
         ConfigError: For a missing file, an unknown name or argument, a macro that
@@ -71,6 +86,8 @@ def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
             folder = pathlib.Path(file).parent
             near = sorted(str(path) for path in folder.glob("*.gin")) or "no gin files"
             raise ConfigError(f"gin file {file!r} does not exist; {folder} has {near}.")
+    for function in CONFIGURABLES:
+        _register(function)
     gin.clear_config()
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras.inputs import UNIT, Bounds
+from tvkeras.inputs import UNIT, WITH_BOUNDS, Bounds
 
 Tensor = Any
 
@@ -71,9 +71,7 @@ def check(classifier: Any, bounds: Bounds = UNIT) -> None:
     if bounds == UNIT and (layer := _rescaling(classifier)) is not None:
         raise ValueError(
             f"classifier must take images in [0, 1], but its first layer {layer.name!r} is made "
-            "for 8-bit pixels. Give its bounds, bounds=(0, 255), as in tvkeras.attacks."
-            "CompiledClassifier(classifier, bounds=(0, 255)), with images in them or uint8; or "
-            "drop that layer."
+            f"for 8-bit pixels. {WITH_BOUNDS}, with images in them or uint8; or drop that layer."
         )
     name, kind = last_activation(classifier)
     if kind in ("softmax", "sigmoid"):

@@ -5,13 +5,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from sklearn.metrics import roc_curve
 
 from tvkeras import checks, norms
 from tvkeras.attacks import EvasiveCarliniWagner
 from tvkeras.inference import STATISTICS, CompiledClassifier, Logits, gradient_norm
 
 
+@keras.saving.register_keras_serializable("tvkeras")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientNormDetector:
     """Rejects an image whose gradient norm reaches a threshold.
@@ -19,12 +19,14 @@ class GradientNormDetector:
     The gradient is that of the loss at the *predicted* label ("loss",
     ||grad_x l(x, k)||_*), or the largest row of the Jacobian of the probabilities
     ("model", max_k ||grad_x p_k(x)||_*; for norm="l2" it is ||grad f||_{2,inf}).
-    `dataclasses.asdict` gives a configuration that JSON can hold.
+    `get_config` gives all that it is, for JSON; `from_config` makes it of that.
 
     Attributes:
         norm: Threat norm, whose dual measures the gradients.
         statistic: "loss" or "model".
         threshold: The smallest size that is rejected.
+        false_positive_rate: Share of clean images that the threshold was fitted to
+            reject; None where it was given.
 
     Raises:
         ValueError: For an illegal argument.
@@ -39,12 +41,24 @@ class GradientNormDetector:
     norm: str
     statistic: str
     threshold: float
+    false_positive_rate: float | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
         checks.one_of("norm", self.norm, norms.DUALS)
         checks.one_of("statistic", self.statistic, STATISTICS)
         checks.number("threshold", self.threshold, minimum=0.0, exclusive=True)
+        if self.false_positive_rate is not None:
+            checks.number("false_positive_rate", self.false_positive_rate, minimum=0.0, maximum=1.0)
+
+    def get_config(self) -> dict[str, Any]:
+        """The attributes, which JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GradientNormDetector":
+        """The detector of such attributes."""
+        return cls(**config)
 
     @classmethod
     def fit(
@@ -90,9 +104,9 @@ class GradientNormDetector:
             raise ValueError(
                 f"the {statistic!r} gradient is zero on {(scores == 0).mean():.0%} of the clean "
                 "images, so that no threshold rejects few of them: the classifier cannot be "
-                "guarded this way. Try another statistic; to evaluate it, evaluate.statistics=()."
+                "guarded this way. Try another statistic; on a card, Detection(statistics=())."
             )
-        return cls(norm=norm, statistic=statistic, threshold=threshold)
+        return cls(norm=norm, statistic=statistic, threshold=threshold, false_positive_rate=rate)
 
     def scores(
         self,
@@ -190,13 +204,14 @@ def roc(clean_scores: np.ndarray, attacked_scores: np.ndarray) -> ROC:
         clean_scores: Scores of clean images, shape `(count,)`.
         attacked_scores: Scores of attacked images; leave out attacks that failed.
     """
-    attacked = np.repeat([False, True], [len(clean_scores), len(attacked_scores)])
-    scores = np.concatenate([clean_scores, attacked_scores])
-    false_positives, true_positives, thresholds = roc_curve(
-        attacked, scores, drop_intermediate=False
-    )
+    falling = np.unique(np.concatenate([clean_scores, attacked_scores]))[::-1]
+    threshold = np.concatenate([[np.inf], falling])
+
+    def rejected(scores: np.ndarray) -> np.ndarray:
+        return (len(scores) - np.searchsorted(np.sort(scores), threshold)) / len(scores)
+
     return ROC(
-        false_positive_rate=false_positives,
-        true_positive_rate=true_positives,
-        threshold=thresholds,
+        false_positive_rate=rejected(clean_scores),
+        true_positive_rate=rejected(attacked_scores),
+        threshold=threshold,
     )

@@ -1,6 +1,8 @@
-"""The compiled classifier: logits, losses and input gradients of a Keras model in inference mode.
+"""The compiled classifier: what a Keras model in inference mode says of images.
 
-Attacks, detection, bounds, audit and export all ask a classifier through it.
+First the classifier, which compiles functions of its logits and runs them over images in
+batches of one shape; then such functions: losses, input gradients and their sizes. Attacks,
+detection, bounds, audit and export ask a classifier through nothing else.
 """
 
 import contextlib
@@ -28,14 +30,14 @@ _KEPT = "_tvkeras_compiled"
 class CompiledClassifier:
     """A classifier in inference mode and the functions compiled for it.
 
-    Make one where several attacks, or one at several radii, meet the same classifier:
-    each attack is then compiled once for each shape of batch. Weights that change
-    later are followed.
+    Make one where the same classifier is asked again and again, by several attacks or
+    by one at several radii: each function is then compiled once for each shape of
+    batch. Weights that change later are followed.
 
-    A classifier with its rescaling inside has bounds=(0, 255): attacks, detection,
-    bounds and audit are then given images in those bounds, and return such. Radii,
-    steps and distances are in units of [0, 1] all the same, for what is compiled
-    (`compiled`, `logits`) sees images in [0, 1] alone; they are mapped in there.
+    A classifier with its rescaling inside has bounds=(0, 255): whoever asks it is given
+    images in those bounds, and returns such. Radii, steps and distances are in units of
+    [0, 1] all the same, for what is compiled (`compiled`, `logits`) sees images in
+    [0, 1] alone; they are mapped in there.
 
     Args:
         classifier: Maps images to logits.
@@ -49,7 +51,7 @@ class CompiledClassifier:
     def __init__(self, classifier: keras.Model, bounds: tuple[float, float] | None = None) -> None:
         self.classifier, self.own_bounds = contract.unwrapped(classifier, bounds)
         self.bounds = self.own_bounds  # of the images given, other than in `unit`
-        self._twin = backends.fast_twin(self.classifier)
+        self._clone = backends.fast_twin(self.classifier)  # fused kernels, the same function
         self._generator = keras.random.SeedGenerator(0)
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._num_classes: dict[tuple[int, ...], int] = {}
@@ -58,21 +60,18 @@ class CompiledClassifier:
     def compiled(
         self, key: Any, function: Callable[..., Any], *, own: bool = False
     ) -> Callable[..., Any]:
-        """`function` compiled, for calls with arrays; the same one for the same `key`.
+        """`function` compiled, from arrays to arrays; the same one for the same `key`.
 
         Args:
-            key: What the function depends on, hashable, such as an attack.
+            key: What the function depends on, hashable.
             function: Called as `function(logits, *tensors)` where `logits` maps images
                 in [0, 1] to logits in inference mode; returns a structure of tensors.
             own: Whether `logits` calls the classifier itself, for what must hold of it,
-                and not its faster twin, for a search.
-
-        Returns:
-            Maps arrays to a structure of arrays.
+                and not its fused clone, which a search asks for speed.
         """
         key = (key, own)
         if key not in self._compiled:
-            model = self.classifier if own else self._twin
+            model = self.classifier if own else self._clone
 
             def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
                 def logits(images: Tensor) -> Tensor:
@@ -100,12 +99,11 @@ class CompiledClassifier:
 
     @classmethod
     def kept(cls, classifier: "keras.Model | CompiledClassifier") -> "CompiledClassifier":
-        """As `of`, but made ready once, for what asks the same of a classifier again and again.
+        """As `of`, but made ready once, and anew when variables are frozen, thawed or replaced.
 
-        It lies among the classifier's attributes and lives as long as the classifier does:
-        a table of weak references would hold both for ever, since each of the two holds the
-        other. It is made anew when variables are frozen, thawed or replaced; what a layer
-        keeps outside variables, such as its activation, must stay.
+        What a layer keeps outside variables, such as its activation, must stay. It lies among
+        the classifier's attributes and lives as long as the classifier does: a table of weak
+        references would hold both for ever, since each of the two holds the other.
         """
         if isinstance(classifier, cls):
             return classifier
@@ -126,20 +124,12 @@ class CompiledClassifier:
         return view
 
     def images(self, images: Any, argument: str = "images") -> np.ndarray:
-        """`images` as an array, uint8 or floats, if this classifier can be given them.
-
-        Raises:
-            ValueError: As `tvkeras.inputs.images`.
-        """
+        """`images` as an array that this classifier can be given: see `tvkeras.inputs.images`."""
         shape = contract.image_shape(self.classifier)
         return inputs.images(images, bounds=self.bounds, shape=shape, argument=argument)
 
     def labels(self, labels: Any, images: np.ndarray) -> np.ndarray:
-        """`labels` as int64 `(count,)`, if they are classes of these images.
-
-        Raises:
-            ValueError: As `tvkeras.inputs.labels`.
-        """
+        """`labels` as int64 `(count,)`, classes of these images: see `tvkeras.inputs.labels`."""
         return inputs.labels(labels, len(images), self.num_classes(images))
 
     def num_classes(self, images: np.ndarray) -> int:
@@ -199,7 +189,7 @@ class CompiledClassifier:
         return outputs
 
     def randomness(self, seed: Tensor) -> "Randomness":
-        """The random numbers of an attack with `seed`, a scalar tensor."""
+        """Random numbers that are a function of `seed`, a scalar integer tensor."""
         return Randomness(self._generator, seed)
 
     def fingerprint(self) -> bytes:
@@ -211,7 +201,7 @@ class CompiledClassifier:
 
 
 class Randomness:
-    """Random numbers inside a compiled attack: a pure function of (seed, step).
+    """Random numbers inside a compiled function: a pure function of (seed, step).
 
     Args:
         generator: A seed generator to lend; its own state is never changed.
@@ -290,8 +280,11 @@ def gradient_norm(
         return norms.dual_length(gradient, norm), outputs
 
     if statistic == "loss":
-        sizes, outputs = sized(images, _predicted_losses)
-        return sizes, outputs, 1
+
+        def at_prediction(outputs: Tensor) -> Tensor:
+            return example_losses(outputs, ops.stop_gradient(ops.argmax(outputs, axis=-1)))
+
+        return *sized(images, at_prediction), 1
 
     fixed = ops.stop_gradient(images)
 
@@ -320,8 +313,7 @@ def loss_statistics(
 
     Args:
         model: The classifier.
-        images: Floats in the classifier's bounds, or uint8; shape
-            `(count, height, width, channels)`.
+        images: Its images: see `CompiledClassifier.over`.
         labels: True classes, shape `(count,)`.
         norm: Threat norm, whose dual measures the gradients.
         batch_size: Images in a batch, at most.
@@ -340,8 +332,8 @@ def loss_statistics(
         return losses, ops.argmax(outputs, axis=1), norms.dual_length(gradient, norm)
 
     key = ("loss_statistics", norm)
-    losses, classes, sizes = model.over(key, statistics, images, labels, batch_size=batch_size)
-    return losses, classes, sizes
+    found = model.over(key, statistics, images, labels, batch_size=batch_size)
+    return found[0], found[1], found[2]
 
 
 def measured(
@@ -362,11 +354,6 @@ def equal_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return [
         np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
     ]
-
-
-def _predicted_losses(logits: Tensor) -> Tensor:
-    """Cross-entropy at the predicted class, shape `(batch,)`."""
-    return example_losses(logits, ops.stop_gradient(ops.argmax(logits, axis=-1)))
 
 
 def _probability(logits: Tensor, classes: Tensor) -> Tensor:

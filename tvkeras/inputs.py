@@ -11,6 +11,11 @@ Tensor = Any
 _8_BITS = 100  # bounds from 0 to this or more are not those of images in [0, 1]
 
 
+WITH_BOUNDS = (
+    "Give its bounds, as in tvkeras.inference.CompiledClassifier(classifier, bounds=(0, 255))"
+)
+
+
 class Bounds(NamedTuple):
     """Pixel values of black and white, Foolbox's word.
 
@@ -214,8 +219,7 @@ def out_of_bounds_hint(bounds: Bounds) -> str:
         return "These are the bounds that the classifier was given; uint8 is from 0 to 255 always."
     return (
         "Divide 0-255 images by 255 (or pass them as uint8), and put any normalisation into the "
-        "classifier as a layer. One with its rescaling inside is given bounds=(0, 255), as in "
-        "tvkeras.inference.CompiledClassifier(classifier, bounds=(0, 255))."
+        f"classifier as a layer. If it has its rescaling inside: {WITH_BOUNDS}."
     )
 
 

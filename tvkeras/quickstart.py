@@ -7,20 +7,17 @@ from typing import Any
 from absl import flags
 
 from tvkeras import config, evaluation, terminal
-from tvkeras.train import train
+from tvkeras.training.loop import train
 
 EXPERIMENTS = {
     "undefended": "gin/digits_undefended.gin",
     "TV + Lipschitz": "gin/digits_tv_lip.gin",
 }
 
-_FOLDER = flags.DEFINE_string("folder", "runs/quickstart", "Where the runs and the figure go.")
-
 
 def main(_: list[str]) -> None:
     """Trains both, prints a table, writes a figure."""
-    folder = pathlib.Path(_FOLDER.value)
-    train_configured = config.configurable(train)
+    folder = pathlib.Path(flags.FLAGS.folder)
     reports: dict[str, dict[str, Any]] = {}
     for name, file in EXPERIMENTS.items():
         run_dir = folder / pathlib.Path(file).stem
@@ -30,7 +27,7 @@ def main(_: list[str]) -> None:
         except config.ConfigError as error:
             sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
         try:
-            reports[name] = train_configured(run_dir=str(run_dir))  # goes on with an earlier one
+            reports[name] = train(run_dir, **config.settings())  # goes on with an earlier one
         except (ValueError, OSError) as error:
             terminal.fail(error)
     figure = folder / "comparison.png"
@@ -52,4 +49,5 @@ def _table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("folder", "runs/quickstart", "Where the runs and the figure go.")
     terminal.run(main)

@@ -1,18 +1,10 @@
-"""The run folder: what a training run writes, and how its classifier is read.
+"""The run folder: what a training run writes, and how its classifier is read."""
 
-config.gin            every setting that was used, defaults included
-run.json              versions, backend, seed, data checksum, and the results
-log.csv               one row an epoch
-tensorboard/          the same, under the TensorFlow backend
-checkpoints/          last and previous: weights, optimizer, seeds, position in the data
-best.weights.h5       the classifier at its best held-out accuracy (robust, if measured), as float16
-lock                  held by the process that trains in the folder
-"""
-
+import ast
 import contextlib
+import dataclasses
 import difflib
 import fcntl
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -28,89 +20,214 @@ import h5py
 import keras
 import numpy as np
 
-from tvkeras import checkpoint, models
+from tvkeras import checkpoint, defenses, models
+from tvkeras.defenses import Defense
 
 # Settings that change when and where, not what, a run computes: a continuation may differ in them.
-FREE_SETTINGS = ("train.checkpoint_minutes", "train.checkpoint_steps", "train.download")
+FREE_SETTINGS = ("Execution.checkpoint_minutes", "Execution.checkpoint_steps", "Task.download")
 
 
-@contextlib.contextmanager
-def locked(run_dir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a run folder; the lock dies with its process.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder, and the names of the files in it.
 
-    Raises:
-        ValueError: If another process is in the folder; names it.
+    Attributes:
+        folder: The folder, of a run that is finished or not; `open` asks for a finished one.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+
+    folder: pathlib.Path
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Run":
+        """A finished run, whose classifier can be read.
+
+        Raises:
+            ValueError: If the folder is no finished run of this version.
+            checkpoint.DamagedError: If its `run.json` is no JSON object.
+        """
+        run = cls(pathlib.Path(folder))
+        if not run.about_path.exists() or not run.weights_path.exists():
             raise ValueError(
-                f"run_dir {run_dir} is in use by {file.read().strip() or 'another process'}. "
-                "Wait for it, stop it, or choose another --run_dir."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        for folder in (run_dir, run_dir / "checkpoints"):
-            for unfinished in folder.glob(f"*{checkpoint.UNFINISHED}"):  # a killed process's
-                unfinished.unlink()
-        yield
+                f"model must be the folder of a finished run, with {run.about_path.name} and "
+                f"{run.weights_path.name}, or a name of tvkeras.zoo.names(), got {str(folder)!r}. "
+                f"Train one: python -m tvkeras.train --run_dir={folder} ..."
+            )
+        if missing := {"model", "model_arguments", "num_classes"} - run.about.keys():
+            raise ValueError(
+                f"{run.about_path} lacks {sorted(missing)}: it was written by an older tvkeras."
+            )
+        return run
 
+    # ---- Files -------------------------------------------------------------------------
+    @property
+    def config_path(self) -> pathlib.Path:
+        """Every setting that was used, defaults included, as gin."""
+        return self.folder / "config.gin"
 
-def claim(
-    run_dir: pathlib.Path,
-    config: str,
-    facts: Mapping[str, Any],
-    machine: Mapping[str, str] | None = None,
-) -> None:
-    """Writes `config.gin` and `run.json` into a new run folder, or checks that they are this run's.
+    @property
+    def about_path(self) -> pathlib.Path:
+        """Network, defence, data, versions, backend, seed, and the results, as JSON."""
+        return self.folder / "run.json"
 
-    Args:
-        run_dir: The run folder.
-        config: The gin configuration.
-        facts: What else decides the run's result, as JSON holds it, by name.
-        machine: What this machine chose, kept among the versions: a run may go on with
-            others, with a warning.
+    @property
+    def log_path(self) -> pathlib.Path:
+        """One row an epoch, as CSV."""
+        return self.folder / "log.csv"
 
-    Raises:
-        ValueError: With the difference, if the folder is of another configuration.
-    """
-    path = run_dir / "config.gin"
-    known = _binding(path.read_text() if path.exists() else config)
-    lines = list(
-        difflib.unified_diff(known, _binding(config), str(path), "this command", lineterm="", n=0)
-    )
-    facts = dict(json.loads(json.dumps(facts)))
-    described = _described(run_dir)
-    for name in facts.keys() & described.keys():
-        if facts[name] != described[name]:
-            lines += [f"-{name} = {described[name]}", f"+{name} = {facts[name]}"]
-    if lines:
-        raise ValueError(
-            f"run_dir {run_dir} holds a run of another configuration:\n"
-            + "\n".join(lines)
-            + "\nGo on with that configuration, or choose another --run_dir."
+    @property
+    def tensorboard_path(self) -> pathlib.Path:
+        """The same, under the TensorFlow backend."""
+        return self.folder / "tensorboard"
+
+    @property
+    def checkpoint_path(self) -> pathlib.Path:
+        """The newest weights, optimizer, seeds and position in the data."""
+        return self.folder / "checkpoints" / "last"
+
+    @property
+    def previous_checkpoint_path(self) -> pathlib.Path:
+        """The checkpoint before it."""
+        return self.folder / "checkpoints" / "previous"
+
+    @property
+    def weights_path(self) -> pathlib.Path:
+        """The classifier at its best held-out accuracy (robust, if measured), as float16."""
+        return self.folder / "best.weights.h5"
+
+    @property
+    def lock_path(self) -> pathlib.Path:
+        """Held by the process that trains in the folder."""
+        return self.folder / "lock"
+
+    # ---- Reading -----------------------------------------------------------------------
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `run.json` says; nothing where there is none.
+
+        Raises:
+            checkpoint.DamagedError: If it is no JSON object.
+        """
+        if not self.about_path.exists():
+            return {}
+        try:
+            about, why = json.loads(self.about_path.read_bytes()), "it holds no JSON object"
+        except (ValueError, RecursionError) as error:
+            about, why = None, str(error)
+        if isinstance(about, dict):
+            return about
+        raise checkpoint.DamagedError(
+            f"{self.about_path} is damaged: {why}. Restore it, or train again in another --run_dir."
         )
-    checkpoint.write_atomically(path, config.encode())
-    found = {**versions(), **(machine or {})}
-    earlier = described.get("versions", found)
-    if earlier != found:
-        warnings.warn(
-            f"{run_dir} was begun with {earlier}; it goes on with {found}, and may end in slightly "
-            "other numbers than an uninterrupted run.",
-            stacklevel=2,
-        )
-        facts["earlier_versions"] = [*described.get("earlier_versions", []), earlier]
-    describe(run_dir, **facts, versions=found)
 
+    @property
+    def defense(self) -> Defense:
+        """What the run minimised.
 
-def describe(run_dir: pathlib.Path, **entries: Any) -> None:
-    """Adds entries to the folder's `run.json`."""
-    text = json.dumps({**_described(run_dir), **entries}, indent=2) + "\n"
-    checkpoint.write_atomically(run_dir / "run.json", text.encode())
+        Raises:
+            ValueError: If `run.json` names no defence of this version.
+        """
+        stored = self.about.get("defense")
+        try:
+            if isinstance(stored, str):  # of the first entries of the zoo
+                found = _from_repr(stored)
+            else:
+                found = keras.saving.deserialize_keras_object(stored)
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.about_path} names no defence: {error}") from error
+        if not isinstance(found, Defense):
+            raise ValueError(f"{self.about_path} names no defence: {stored!r}.")
+        return found
+
+    def classifier(self) -> keras.Model:
+        """The run's classifier at its best epoch.
+
+        Raises:
+            ValueError: If `run.json` describes no network.
+            checkpoint.CheckpointError: As `load_weights`.
+        """
+        about = self.about
+        try:
+            classifier = models.build(
+                about["model"], about["num_classes"], **about["model_arguments"]
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.about_path} describes no network that can be built: {error}"
+            ) from error
+        load_weights(classifier, self.weights_path)
+        return classifier
+
+    # ---- Writing -----------------------------------------------------------------------
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out of the folder; the lock dies with its process.
+
+        Raises:
+            ValueError: If another process is in the folder; names it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.lock_path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"run_dir {self.folder} is in use by {file.read().strip() or 'another process'}"
+                    ". Wait for it, stop it, or choose another --run_dir."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            for folder in (self.folder, self.checkpoint_path.parent):
+                for unfinished in folder.glob(f"*{checkpoint.UNFINISHED}"):  # a killed process's
+                    unfinished.unlink()
+            yield
+
+    def claim(
+        self, config: str, facts: Mapping[str, Any], machine: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the configuration and `facts`, or checks that the folder is of this run.
+
+        Args:
+            config: The gin configuration.
+            facts: What else decides the run's result, as JSON holds it, by name.
+            machine: What this machine chose, kept among the versions: a run may go on with
+                others, with a warning.
+
+        Raises:
+            ValueError: With the difference, if the folder is of another configuration.
+        """
+        path = self.config_path
+        known = _binding(path.read_text() if path.exists() else config)
+        ours = _binding(config)
+        lines = [*difflib.unified_diff(known, ours, str(path), "this command", lineterm="", n=0)]
+        facts = dict(json.loads(json.dumps(facts)))
+        about = self.about
+        for name in facts.keys() & about.keys():
+            if facts[name] != about[name]:
+                lines += [f"-{name} = {about[name]}", f"+{name} = {facts[name]}"]
+        if lines:
+            raise ValueError(
+                f"run_dir {self.folder} holds a run of another configuration:\n"
+                + "\n".join(lines)
+                + "\nGo on with that configuration, or choose another --run_dir."
+            )
+        checkpoint.write_atomically(path, config.encode())
+        found = {**versions(), **(machine or {})}
+        earlier = about.get("versions", found)
+        if earlier != found:
+            warnings.warn(
+                f"{self.folder} was begun with {earlier}; it goes on with {found}, and may end in "
+                "slightly other numbers than an uninterrupted run.",
+                stacklevel=2,
+            )
+            facts["earlier_versions"] = [*about.get("earlier_versions", []), earlier]
+        self.describe(**facts, versions=found)
+
+    def describe(self, **entries: Any) -> None:
+        """Adds entries to `run.json`."""
+        text = json.dumps({**self.about, **entries}, indent=2) + "\n"
+        checkpoint.write_atomically(self.about_path, text.encode())
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -139,61 +256,6 @@ def save_float16(classifier: keras.Model, path: pathlib.Path) -> None:
             _copy_float16(source, target)
     full.unlink()
     checkpoint.write_atomically(path, buffer.getvalue())
-
-
-def load(run_dir: pathlib.Path) -> tuple[keras.Model, dict[str, Any]]:
-    """A run's classifier at its best epoch, and what `run.json` says of the run.
-
-    Raises:
-        ValueError: If the folder is no finished run of this version.
-        checkpoint.DamagedError: If its `run.json` is no JSON object.
-        checkpoint.CheckpointError: As `load_weights`.
-    """
-    path, weights = run_dir / "run.json", run_dir / "best.weights.h5"
-    if not path.exists() or not weights.exists():
-        raise ValueError(
-            "model must be the folder of a finished run, with run.json and best.weights.h5, or a "
-            f"name of tvkeras.zoo.names(), got {str(run_dir)!r}. Train one: "
-            f"python -m tvkeras.train --run_dir={run_dir} ..."
-        )
-    about = _described(run_dir)
-    missing = {"model", "model_arguments", "num_classes"} - about.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: it was written by an older tvkeras.")
-    try:
-        classifier = models.build(about["model"], about["num_classes"], **about["model_arguments"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes no network that can be built: {error}") from error
-    load_weights(classifier, weights)
-    return classifier, about
-
-
-def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
-    """Sets a classifier to the weights that another run ended, or stood, with.
-
-    Args:
-        classifier: Of the same architecture.
-        source: A run folder, of which the best weights are meant, or a checkpoint of a
-            run, such as `RUN_FOLDER/checkpoints/last`.
-
-    Returns:
-        The sha256 of the file.
-
-    Raises:
-        ValueError: If there is no such file.
-        checkpoint.CheckpointError: If it is damaged, or of another model.
-    """
-    path = source / "best.weights.h5" if source.is_dir() else source
-    if not path.is_file():
-        raise ValueError(
-            "initial_weights must be a run folder, a checkpoint in one or a name of "
-            f"tvkeras.zoo.names(), got {str(source)!r}; {path} does not exist."
-        )
-    if path.suffix == ".h5":
-        load_weights(classifier, path)
-    else:
-        checkpoint.assign_part(classifier.variables, checkpoint.load(path)[0], path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_weights(classifier: keras.Model, path: pathlib.Path) -> None:
@@ -256,24 +318,14 @@ def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
             target[name] = array.astype(np.float16) if array.dtype.kind == "f" else array
 
 
-def _described(run_dir: pathlib.Path) -> dict[str, Any]:
-    """What `run.json` says; nothing where there is none.
-
-    Raises:
-        checkpoint.DamagedError: If it is no JSON object.
-    """
-    path = run_dir / "run.json"
-    if not path.exists():
-        return {}
-    try:
-        about, why = json.loads(path.read_bytes()), "it holds no JSON object"
-    except (ValueError, RecursionError) as error:
-        about, why = None, str(error)
-    if isinstance(about, dict):
-        return about
-    raise checkpoint.DamagedError(
-        f"{path} is damaged: {why}. Restore it, or train again in another --run_dir."
-    )
+def _from_repr(text: str) -> Defense:
+    """The defence whose `repr` is `text`, such as "TVLipschitz(norm='l2')"."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"{text!r} is none")
+    arguments = {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
+    found: Defense = getattr(defenses, call.func.id)(**arguments)
+    return found
 
 
 def _binding(config: str) -> list[str]:

@@ -11,14 +11,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from tvkeras import checks, inputs
 
-FIRST_PAUSE = 0.1  # seconds before the second attempt; doubles after each
+PAUSES = (0.2, 0.4, 0.8, 1.6)  # seconds before another attempt; five attempts are gRPC's limit
 DTYPES = {
     "logits": np.float32,
     "probabilities": np.float32,
@@ -52,8 +51,8 @@ class Classification:
 class Client:
     """Asks one model of a server; threads may share it.
 
-    An attempt that the server cannot take now (connection refused or lost, 503,
-    UNAVAILABLE) is made again after 0.1, 0.2, 0.4 ... seconds.
+    What the server cannot take now (connection refused or lost, 503, UNAVAILABLE) is asked
+    again, up to five times in three seconds.
 
     Args:
         address: "http://host:8501" or "https://..." for REST, "grpc://host:8500" for
@@ -62,7 +61,6 @@ class Client:
         version: Version to ask; default: the server's choice, its newest.
         label: Or the label of one, such as "stable".
         timeout: Seconds for a call, all attempts together.
-        retries: Attempts after the first, at most.
 
     Raises:
         ValueError: For an illegal argument.
@@ -81,7 +79,6 @@ class Client:
         version: int | None = None,
         label: str | None = None,
         timeout: float = 10.0,
-        retries: int = 5,
     ) -> None:
         parts = urllib.parse.urlsplit(address)
         if parts.scheme not in ("http", "https", "grpc") or not parts.hostname:
@@ -95,12 +92,8 @@ class Client:
             checks.whole_number("version", version, minimum=1)
         self._address = address
         self._timeout = checks.number("timeout", timeout, minimum=0.0, exclusive=True)
-        self._retries = checks.whole_number("retries", retries)
-        self._transport: _Transport
-        if parts.scheme == "grpc":
-            self._transport = _Grpc(parts.netloc, model, version, label)
-        else:
-            self._transport = _Rest(address, model, version, label)
+        transport = _Grpc if parts.scheme == "grpc" else _Rest
+        self._transport = transport(address, model, version, label)
 
     def classify(self, images: np.ndarray) -> Classification:
         """Classes, probabilities, and what the exported detector thinks of the images.
@@ -141,32 +134,19 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, signature: str, images: np.ndarray) -> dict[str, np.ndarray]:
-        deadline = time.monotonic() + self._timeout
-        pause, attempts = FIRST_PAUSE, 1
-        while True:
-            try:
-                outputs = self._transport.ask(signature, images, deadline - time.monotonic())
-                return {name: np.asarray(outputs[name], DTYPES[name]) for name in outputs}
-            except ConnectionError as error:
-                if attempts > self._retries or time.monotonic() + pause >= deadline:
-                    raise ConnectionError(
-                        f"{self._address} is unavailable after {attempts} attempts: {error}"
-                    ) from error
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"{self._address} did not answer within timeout={self._timeout:g} seconds."
-                ) from error
-            time.sleep(pause)
-            pause, attempts = 2 * pause, attempts + 1
+        try:
+            outputs = self._transport.ask(signature, images, self._timeout)
+        except ConnectionError as error:
+            raise ConnectionError(f"{self._address} is unavailable: {error}") from error
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{self._address} did not answer within timeout={self._timeout:g} seconds."
+            ) from error
+        return {name: np.asarray(outputs[name], DTYPES[name]) for name in outputs}
 
 
 def _checked(images: np.ndarray) -> np.ndarray:
@@ -179,15 +159,7 @@ def _checked(images: np.ndarray) -> np.ndarray:
     return images if images.dtype == np.uint8 else images.astype(np.float32)
 
 
-# ---- Transports ------------------------------------------------------------------------
-
-
-class _Transport(Protocol):
-    """One attempt at a server; a status becomes the error that `Client` names."""
-
-    def ask(self, signature: str, images: np.ndarray, timeout: float) -> Mapping[str, Any]: ...
-
-    def close(self) -> None: ...
+# ---- Transports: their errors are those that `Client` names ------------------------------
 
 
 class _Rest:
@@ -206,6 +178,17 @@ class _Rest:
         request = urllib.request.Request(
             self._url, json.dumps(content).encode(), {"Content-Type": "application/json"}
         )
+        deadline = time.monotonic() + timeout
+        for pause in PAUSES:
+            try:
+                return self._attempt(request, deadline - time.monotonic())
+            except ConnectionError:
+                if time.monotonic() + pause >= deadline:
+                    raise
+                time.sleep(pause)
+        return self._attempt(request, deadline - time.monotonic())
+
+    def _attempt(self, request: urllib.request.Request, timeout: float) -> Mapping[str, Any]:
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 reply = response.read()
@@ -239,9 +222,9 @@ def _http_error(error: urllib.error.HTTPError) -> Exception:
 
 
 class _Grpc:
-    """The official protocol buffers over an insecure channel."""
+    """The official stubs over an insecure channel, which tries again by its own policy."""
 
-    def __init__(self, target: str, model: str, version: int | None, label: str | None) -> None:
+    def __init__(self, address: str, model: str, version: int | None, label: str | None) -> None:
         try:
             import grpc
             import tensorflow as tf
@@ -257,12 +240,22 @@ class _Grpc:
             self._request.model_spec.version.value = version
         if label is not None:
             self._request.model_spec.version_label = label
-        options = {
-            "grpc.max_receive_message_length": -1,
-            # Ours are the pauses between attempts; the channel's own begin at a second.
-            "grpc.initial_reconnect_backoff_ms": 100,
-            "grpc.max_reconnect_backoff_ms": 1000,
+        policy = {
+            "maxAttempts": len(PAUSES) + 1,
+            "initialBackoff": f"{PAUSES[0]}s",
+            "maxBackoff": f"{PAUSES[-1]}s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE"],
         }
+        options = {
+            "grpc.service_config": json.dumps(
+                {"methodConfig": [{"name": [{}], "retryPolicy": policy}]}
+            ),
+            "grpc.initial_reconnect_backoff_ms": 100,  # by default a second
+            "grpc.max_reconnect_backoff_ms": 1000,
+            "grpc.max_receive_message_length": -1,
+        }
+        target = urllib.parse.urlsplit(address).netloc
         self._channel = grpc.insecure_channel(target, list(options.items()))
         self._stub = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
 

@@ -9,17 +9,16 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import (
-    Attack,
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import (
+    Standing,
     by_example,
     class_logits,
     example_margins,
     misclassified,
     select,
 )
-from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
-
-Tensor = Any
+from tvkeras.inference import Logits, Randomness, Tensor, example_losses, input_gradient
 
 CLASSES = {"ce": 2, "dlr": 3, "targeted_dlr": 4}  # the fewest classes of each loss
 _MOMENTUM = 0.75
@@ -40,9 +39,7 @@ class _Ascent(NamedTuple):
     increases: Tensor  # steps since the last checkpoint that raised the loss
     halved: Tensor  # whether the last checkpoint halved the step size
     loss_then: Tensor  # loss_best at the last checkpoint
-    x_adv: Tensor
-    standing: Tensor  # whether every point so far was classified as the label
-    queries: Tensor
+    outcome: Standing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,13 +74,12 @@ class AutoPGD(Attack):
     targets: int = 9
 
     fixed_epsilon: ClassVar[bool] = True
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2", "linf"))
+        super().__post_init__()
         checks.one_of("loss", self.loss, CLASSES)
-        for name in ("steps", "restarts", "targets"):
-            checks.whole_number(name, getattr(self, name), minimum=1)
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -95,10 +91,10 @@ class AutoPGD(Attack):
         targets = min(self.targets, num_classes - 1) if self.loss == "targeted_dlr" else 1
         order = ops.top_k(clean, targets + 1)[1]
 
-        def unfinished(attempt: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor) -> Tensor:
-            return ops.logical_and(attempt < targets * self.restarts, ops.any(standing))
+        def unfinished(attempt: Tensor, outcome: Standing) -> Tensor:
+            return ops.logical_and(attempt < targets * self.restarts, ops.any(outcome.standing))
 
-        def ascend(attempt: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor) -> Any:
+        def ascend(attempt: Tensor, outcome: Standing) -> tuple[Tensor, Standing]:
             target = ops.take(order, attempt // self.restarts + 1, axis=1)
 
             def loss(outputs: Tensor) -> Tensor:
@@ -113,15 +109,13 @@ class AutoPGD(Attack):
                 noise = draw(ops.shape(images), dtype=images.dtype, seed=seed)
             radius = epsilon / ops.maximum(norms.length(noise, self.norm), 1e-12)
             start = ops.clip(images + by_example(radius) * noise, 0.0, 1.0)
-            state = _start(start, x_adv, standing, queries, 2 * epsilon)
+            state = _start(start, outcome, 2 * epsilon)
             state = self._ascend(logits, loss, state, images, labels, epsilon)
-            return attempt + 1, state.x_adv, state.standing, state.queries
+            return attempt + 1, state.outcome
 
-        standing = ops.logical_not(misclassified(clean, labels))
-        queries = ops.ones_like(labels, dtype="int32")
-        state = (ops.zeros((), "int32"), images, standing, queries)
-        _, x_adv, _, queries = ops.while_loop(unfinished, ascend, state)
-        return x_adv, queries
+        state = (ops.zeros((), "int32"), Standing.before(clean, images, labels))
+        outcome = ops.while_loop(unfinished, ascend, state)[1]
+        return outcome.x_adv, outcome.queries
 
     def _ascend(
         self,
@@ -139,7 +133,7 @@ class AutoPGD(Attack):
             return ops.clip(images + norms.project(x - images, self.norm, epsilon), 0.0, 1.0)
 
         def unfinished(state: _Ascent) -> Tensor:
-            return ops.logical_and(state.step <= self.steps, ops.any(state.standing))
+            return ops.logical_and(state.step <= self.steps, ops.any(state.outcome.standing))
 
         def step(state: _Ascent) -> tuple[_Ascent]:
             losses, outputs, gradient = input_gradient(logits, state.x, loss)
@@ -218,9 +212,7 @@ def _windows(steps: int) -> np.ndarray:
     return windows
 
 
-def _start(
-    x: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor, step_size: Tensor
-) -> _Ascent:
+def _start(x: Tensor, outcome: Standing, step_size: Tensor) -> _Ascent:
     infinite = ops.full_like(x[:, 0, 0, 0], np.inf)
     return _Ascent(
         step=ops.zeros((), "int32"),
@@ -231,12 +223,10 @@ def _start(
         gradient_best=ops.zeros_like(x),
         loss_best=-infinite,
         step_size=step_size * ops.ones_like(infinite),
-        increases=ops.zeros_like(queries),
-        halved=ops.ones_like(standing),
+        increases=ops.zeros_like(outcome.queries),
+        halved=ops.ones_like(outcome.standing),
         loss_then=-infinite,
-        x_adv=x_adv,
-        standing=standing,
-        queries=queries,
+        outcome=outcome,
     )
 
 
@@ -249,9 +239,7 @@ def _record(state: _Ascent, missed: Tensor, loss: Tensor, gradient: Tensor) -> _
         gradient_best=select(better, gradient, state.gradient_best),
         loss_best=ops.where(better, loss, state.loss_best),
         increases=state.increases + ops.cast(loss > state.loss, "int32"),
-        x_adv=select(ops.logical_and(state.standing, missed), state.x, state.x_adv),
-        standing=ops.logical_and(state.standing, ops.logical_not(missed)),
-        queries=state.queries + ops.cast(state.standing, "int32"),
+        outcome=state.outcome.after(state.x, missed),
     )
 
 

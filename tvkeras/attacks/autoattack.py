@@ -3,19 +3,16 @@
 import dataclasses
 import os
 import pathlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 
-from tvkeras import checks
 from tvkeras.attacks.apgd import CLASSES, AutoPGD
-from tvkeras.attacks.base import Attack, AttackResult
+from tvkeras.attacks.base import Attack, AttackResult, Batch
 from tvkeras.attacks.fab import FastAdaptiveBoundary
 from tvkeras.attacks.square import Square
 from tvkeras.inference import CompiledClassifier
-
-VERSIONS = ("standard",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,22 +45,12 @@ class AutoAttack(Attack):
 
     Attributes:
         norm: Norm of the perturbation: "l2" or "linf".
-        version: "standard".
-
-    Raises:
-        ValueError: For an illegal argument.
 
     Reference: Croce & Hein (2020), arXiv:2003.01690.
     """
 
-    version: str = "standard"
-
     fixed_epsilon: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2", "linf"))
-        checks.one_of("version", self.version, VERSIONS)
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
     def members(self, num_classes: int) -> tuple[str, dict[str, Attack]]:
         """The version that suits `num_classes`, and its attacks by name, in order."""
@@ -71,7 +58,7 @@ class AutoAttack(Attack):
         last = {"fab-t": FastAdaptiveBoundary(norm=self.norm), "square": Square(norm=self.norm)}
         if num_classes >= CLASSES["targeted_dlr"]:
             targeted = AutoPGD(norm=self.norm, loss="targeted_dlr")
-            return self.version, first | {"apgd-t": targeted} | last
+            return "standard", first | {"apgd-t": targeted} | last
         if num_classes == CLASSES["dlr"]:
             untargeted = AutoPGD(norm=self.norm, loss="dlr")
             return "custom: apgd-dlr for apgd-t (3 classes)", first | {
@@ -86,10 +73,8 @@ class AutoAttack(Attack):
         labels: np.ndarray,
         *,
         epsilon: float | str | None = None,
-        batch_size: int = 250,
-        seed: int = 0,
-        progress: bool = False,
         resume_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> AutoAttackResult:
         """Runs the members; arguments as for every attack.
 
@@ -110,9 +95,7 @@ class AutoAttack(Attack):
                 images[rows],
                 labels[rows],
                 epsilon=epsilon,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
+                **options,
                 resume_dir=None if resume_dir is None else pathlib.Path(resume_dir) / name,
             )
             arrays = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
@@ -135,13 +118,6 @@ class _Unperturbed(Attack):
 
     fixed_epsilon: ClassVar[bool] = True
 
-    def search(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """The images, for no query."""
-        return images, np.zeros(len(images), np.int64)
+        return batch.images, np.zeros(len(batch.images), np.int64)

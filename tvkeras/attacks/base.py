@@ -6,11 +6,10 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from tvkeras import checkpoint, checks, norms
 from tvkeras.inference import CompiledClassifier, Logits, Randomness, Tensor, equal_batches
@@ -58,23 +57,57 @@ class AttackResult:
         )
 
 
+class Batch(NamedTuple):
+    """What is attacked at once.
+
+    Attributes:
+        model: The classifier.
+        images: float32 in [0, 1], shape `(batch, height, width, channels)`.
+        labels: True classes, shape `(batch,)`.
+        epsilon: Radius; None for an attack that takes none.
+        seed: Of the attack's random numbers.
+    """
+
+    model: CompiledClassifier
+    images: np.ndarray
+    labels: np.ndarray
+    epsilon: float | None = None
+    seed: int = 0
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.float32, np.int32]:
+        """All but the classifier, for a compiled function; no epsilon is 0."""
+        return self.images, self.labels, np.float32(self.epsilon or 0.0), np.int32(self.seed)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
     """Base of all attacks: an immutable description that is called on a classifier.
+
+    Whole numbers among the arguments must be at least 1, others positive (or not negative,
+    where 0 is the default): else a ValueError names the argument.
 
     Attributes:
         norm: Norm of the perturbation: "l2", "linf" or "l1".
         fixed_epsilon: Whether the attack looks inside a ball of given radius; otherwise
             it looks for the smallest perturbation.
+        legal_norms: Those that the attack can take.
     """
 
     norm: str = "l2"
 
     fixed_epsilon: ClassVar[bool]
+    legal_norms: ClassVar[tuple[str, ...]] = tuple(norms.DUALS)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, norms.DUALS)
+        checks.one_of("norm", self.norm, self.legal_norms)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                checks.whole_number(field.name, value, minimum=1)
+            elif field.type is float or (field.type == float | None and value is not None):
+                checks.number(field.name, value, minimum=0.0, exclusive=field.default != 0)
 
     def __call__(
         self,
@@ -122,8 +155,8 @@ class Attack:
             batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
 
             def attack(rows: np.ndarray = rows, seed: int = batch_seed) -> dict[str, np.ndarray]:
-                batch = as_float(images[rows], model.bounds)
-                return self._batch(model, batch, labels[rows], radius, seed)
+                pixels = as_float(images[rows], model.bounds)
+                return self._confirmed(Batch(model, pixels, labels[rows], radius, seed))
 
             if folder is None:
                 part = attack()
@@ -137,26 +170,19 @@ class Attack:
         }
         return AttackResult(**{**arrays, "x_adv": model.bounds.native(arrays["x_adv"])})
 
-    def search(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Attacks one batch; `perturb`, compiled, unless a subclass does otherwise.
 
         Returns:
             x_adv, and the queries made for each example.
         """
+        model = batch.model  # what is compiled must not keep the batch
 
         def perturb(logits: Logits, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             images, labels, epsilon, seed = tensors
             return self.perturb(logits, images, labels, epsilon, model.randomness(seed))
 
-        radius = np.float32(epsilon or 0.0)
-        return model.compiled(self, perturb)(images, labels, radius, np.int32(seed))
+        return model.compiled(self, perturb)(*batch.arrays)
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -197,17 +223,11 @@ class Attack:
             raise ValueError(f"{type(self).__name__} {verb} epsilon, got epsilon={epsilon!r}.")
         return None if epsilon is None else checks.epsilon(epsilon)
 
-    def _batch(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> dict[str, np.ndarray]:
+    def _confirmed(self, batch: Batch) -> dict[str, np.ndarray]:
         """One batch's `AttackResult`: nothing counts that the classifier does not confirm."""
+        model, images, labels, epsilon, _ = batch
         wrong = self.fools(model, images, labels)
-        x_adv, queries = self.search(model, images, labels, epsilon, seed)
+        x_adv, queries = self.search(batch)
         distance = distances(x_adv, images, self.norm)
         found = self.fools(model, x_adv, labels)
         found &= (x_adv >= 0).all(axis=(1, 2, 3)) & (x_adv <= 1).all(axis=(1, 2, 3))
@@ -229,63 +249,6 @@ class Attack:
         for content in (np.ascontiguousarray(images).data, labels.data, model.fingerprint()):
             digest.update(content)
         return digest.hexdigest()
-
-
-def class_logits(logits: Tensor, classes: Tensor) -> Tensor:
-    """The logit of one class of each example, shape `(batch,)`."""
-    chosen = ops.one_hot(classes, logits.shape[1], dtype="bool")
-    return ops.sum(ops.where(chosen, logits, 0.0), axis=1)
-
-
-def example_margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the label less the largest of the others, shape `(batch,)`."""
-    others = ops.where(ops.one_hot(labels, logits.shape[1], dtype="bool"), -np.inf, logits)
-    return class_logits(logits, labels) - ops.max(others, axis=1)
-
-
-def tempered(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits over a temperature of each example that leaves it a margin of at most 10.
-
-    z / T with T = max(m / 10, 1), m the example's margin; no gradient flows through T.
-    For attacks that climb the cross-entropy: in float32 its gradient forgets the label's
-    logit at margins over 16, and is 0 over 103. Where m <= 10, T = 1: loss and gradient
-    stay what they are, to the last bit, and no prediction ever changes.
-
-    Args:
-        logits: Shape `(batch, num_classes)`.
-        labels: Shape `(batch,)`.
-    """
-    temperature = ops.maximum(example_margins(logits, labels) / 10.0, 1.0)
-    return logits / ops.stop_gradient(temperature)[:, None]
-
-
-def clearance(logits: Tensor) -> Tensor:
-    """The margin that rounding cannot bridge, shape `(batch,)`: 1e-5 of the largest logit.
-
-    The classifier that confirms a success is not the twin that the attack searched with,
-    and is compiled apart: it may round a smaller margin the other way.
-    """
-    return 1e-5 * ops.max(ops.absolute(logits), axis=-1)
-
-
-def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the largest logit is not the label's, shape `(batch,)`."""
-    return ops.cast(ops.argmax(logits, axis=1), labels.dtype) != labels
-
-
-def clearly_misclassified(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether another logit is larger than the label's by the `clearance`, shape `(batch,)`."""
-    return example_margins(logits, labels) < -clearance(logits)
-
-
-def by_example(values: Tensor) -> Tensor:
-    """Values of shape `(batch,)` as `(batch, 1, 1, 1)`, to go with images."""
-    return ops.reshape(values, (-1, 1, 1, 1))
-
-
-def select(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """The images of `one` where `mask`, shape `(batch,)`, is true, else those of `other`."""
-    return ops.where(by_example(mask), one, other)
 
 
 def distances(x_adv: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:

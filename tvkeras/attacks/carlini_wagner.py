@@ -7,38 +7,30 @@ import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks, norms
-from tvkeras.attacks.base import Attack, clearly_misclassified, example_margins, select
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import Nearest, clearly_misclassified, example_margins
 from tvkeras.inference import (
     STATISTICS,
     CompiledClassifier,
     Logits,
     Randomness,
+    Tensor,
     gradient_norm,
     measured,
 )
 
-Tensor = Any
-
 _CAUTION = 0.999  # share of the threshold aimed at: rounding must not betray a success
 
 
-class _Best(NamedTuple):
-    """The nearest success so far, its distance, and the queries made."""
-
-    x_adv: Tensor
-    distance: Tensor
-    queries: Tensor
-
-
 class _Descent(NamedTuple):
-    """Adam's state, the loss when last compared, who goes on and who has succeeded."""
+    """Adam's state, the loss when last compared, who goes on, and what was found."""
 
-    shift: Tensor
-    mean: Tensor
-    square: Tensor
+    moments: tuple[Tensor, Tensor, Tensor]
     compared: Tensor
     running: Tensor
     found: Tensor
+    nearest: Nearest
+    queries: Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,29 +46,19 @@ class CarliniWagner(Attack):
         norm: "l2".
         steps: Adam steps for each weight, at most.
         step_size: Adam's learning rate, in the space of w.
-        weights: Weights tried for each example; ten times the last until one succeeds.
+        search_steps: Weights tried for each example; ten times the last until one succeeds.
         initial_weight: The first.
-
-    Raises:
-        ValueError: For an illegal argument.
 
     Reference: Carlini & Wagner (2017), arXiv:1608.04644.
     """
 
     steps: int = 1000
     step_size: float = 0.01
-    weights: int = 9
+    search_steps: int = 9
     initial_weight: float = 1e-3
 
     fixed_epsilon: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ["l2"])
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.whole_number("weights", self.weights, minimum=1)
-        checks.number("step_size", self.step_size, minimum=0.0, exclusive=True)
-        checks.number("initial_weight", self.initial_weight, minimum=0.0, exclusive=True)
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     def objective(
         self, logits: Logits, x_adv: Tensor, labels: Tensor
@@ -91,23 +73,25 @@ class CarliniWagner(Attack):
     ) -> tuple[Tensor, Tensor]:
         """The nearest success of all descents, else the image."""
 
-        def attempt(_: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            weight, low, high, best = state
-            best, found = self._descend(logits, images, labels, weight, best)
+        def attempt(_: Tensor, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            weight, low, high, nearest, queries = state
+            nearest, found, calls = self.descend(logits, images, labels, weight, nearest)
             low, high = ops.where(found, low, weight), ops.where(found, weight, high)
             between = (low + ops.where(ops.isinf(high), 0.0, high)) / 2.0
-            return ops.where(ops.isinf(high), weight * 10.0, between), low, high, best
+            weight = ops.where(ops.isinf(high), weight * 10.0, between)
+            return weight, low, high, nearest, queries + calls
 
         zeros = ops.zeros_like(images[:, 0, 0, 0])
-        best = _Best(images, zeros + np.inf, ops.zeros_like(labels))
-        state = (zeros + self.initial_weight, zeros, zeros + np.inf, best)
-        best = ops.fori_loop(0, self.weights, attempt, state)[3]
-        return best.x_adv, best.queries
+        infinite = zeros + np.inf
+        nearest, queries = Nearest(images, infinite), ops.zeros_like(labels)
+        state = (zeros + self.initial_weight, zeros, infinite, nearest, queries)
+        *_, nearest, queries = ops.fori_loop(0, self.search_steps, attempt, state)
+        return nearest.x_adv, queries
 
-    def _descend(
-        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, best: _Best
-    ) -> tuple[_Best, Tensor]:
-        """Adam from the image: the nearest success so far, and who succeeded here."""
+    def descend(
+        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, nearest: Nearest
+    ) -> tuple[Nearest, Tensor, Tensor]:
+        """Adam from the image: the nearest success so far, who succeeded here, and queries."""
         start = ops.arctanh((2.0 * images - 1.0) * 0.999999)
         origin = (ops.tanh(start) + 1.0) / 2.0
 
@@ -118,46 +102,40 @@ class CarliniWagner(Attack):
             totals = squared + weight * losses
             return ops.sum(totals), (totals, x_adv, success, calls)
 
-        def step(number: Tensor, descent: _Descent, best: _Best) -> tuple[Any, ...]:
-            (_, aux), (gradient,) = backends.value_and_gradient(total, (descent.shift,))
+        def step(number: Tensor, descent: _Descent) -> tuple[Tensor, _Descent]:
+            (_, aux), (gradient,) = backends.value_and_gradient(total, (descent.moments[0],))
             totals, x_adv, success, calls = aux
-            queries = best.queries + calls * ops.cast(descent.running, labels.dtype)
-            shift, mean, square = self._adam(number, descent, gradient)
-
+            queries = descent.queries + calls * ops.cast(descent.running, labels.dtype)
             compares = number % -(-self.steps // 10) == 0
             stuck = ops.logical_and(compares, totals > 0.9999 * descent.compared)
-            compared = ops.where(compares, totals, descent.compared)
             running = ops.logical_and(descent.running, ops.logical_not(stuck))
             success = ops.logical_and(success, running)
-            found = ops.logical_or(descent.found, success)
-
             distance = norms.length(x_adv - images, "l2")
-            nearer = ops.logical_and(success, distance < best.distance)
-            best_x = select(nearer, x_adv, best.x_adv)
-            best = _Best(best_x, ops.where(nearer, distance, best.distance), queries)
-            return number + 1, _Descent(shift, mean, square, compared, running, found), best
+            return number + 1, _Descent(
+                moments=adam(number, gradient, descent.moments, self.step_size),
+                compared=ops.where(compares, totals, descent.compared),
+                running=running,
+                found=ops.logical_or(descent.found, success),
+                nearest=descent.nearest.after(x_adv, distance, success),
+                queries=queries,
+            )
 
         zeros, nobody = ops.zeros_like(images), ops.zeros_like(labels, dtype="bool")
-        infinite = ops.full_like(weight, np.inf)
-        descent = _Descent(zeros, zeros, zeros, infinite, ops.logical_not(nobody), nobody)
-        _, descent, best = ops.while_loop(
-            lambda number, descent, _: ops.any(descent.running),
+        descent = _Descent(
+            moments=(zeros, zeros, zeros),
+            compared=ops.full_like(weight, np.inf),
+            running=ops.logical_not(nobody),
+            found=nobody,
+            nearest=nearest,
+            queries=ops.zeros_like(labels),
+        )
+        _, descent = ops.while_loop(
+            lambda number, descent: ops.any(descent.running),
             step,
-            (ops.zeros((), "int32"), descent, best),
+            (ops.zeros((), "int32"), descent),
             maximum_iterations=self.steps,
         )
-        return best, descent.found
-
-    def _adam(
-        self, number: Tensor, descent: _Descent, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's step: the new shift and the averages of the gradient and its square."""
-        time = ops.cast(number + 1, gradient.dtype)
-        mean = 0.9 * descent.mean + 0.1 * gradient
-        square = 0.999 * descent.square + 0.001 * ops.square(gradient)
-        unbiased = mean / (1.0 - ops.power(0.9, time))
-        spread = ops.sqrt(square / (1.0 - ops.power(0.999, time))) + 1e-8
-        return descent.shift - self.step_size * unbiased / spread, mean, square
+        return descent.nearest, descent.found, descent.queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,9 +158,6 @@ class EvasiveCarliniWagner(CarliniWagner):
         statistic: What it measures, "loss" or "model": see `tvkeras.detection`.
         detector_norm: Threat norm whose dual measures its gradients.
 
-    Raises:
-        ValueError: For an illegal argument.
-
     Reference: Finlay et al. (2019), arXiv:1808.09540; Carlini & Wagner (2017),
     arXiv:1705.07263, on detectors in general.
     """
@@ -194,7 +169,6 @@ class EvasiveCarliniWagner(CarliniWagner):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         super().__post_init__()
-        checks.number("threshold", self.threshold, minimum=0.0, exclusive=True)
         checks.one_of("statistic", self.statistic, STATISTICS)
         checks.one_of("detector_norm", self.detector_norm, norms.DUALS)
 
@@ -215,3 +189,16 @@ class EvasiveCarliniWagner(CarliniWagner):
         margins = ops.maximum(example_margins(outputs, labels), 0.0)
         losses = ops.where(wrong, excess / (1.0 + excess), 1.0 + margins)
         return losses, ops.logical_and(wrong, excess == 0.0), calls
+
+
+def adam(
+    number: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor, Tensor], step_size: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step `number`, from 0, of Adam: what moves, and the averages of gradient and square."""
+    x, mean, square = moments
+    time = ops.cast(number + 1, gradient.dtype)
+    mean = 0.9 * mean + 0.1 * gradient
+    square = 0.999 * square + 0.001 * ops.square(gradient)
+    unbiased = mean / (1.0 - ops.power(0.9, time))
+    spread = ops.sqrt(square / (1.0 - ops.power(0.999, time))) + 1e-8
+    return x - step_size * unbiased / spread, mean, square

@@ -1,12 +1,12 @@
 """CleverHans 4.0.0 behind the attack protocol, on the TensorFlow backend.
 
-Each attack is one compiled function per shape of batch, whatever the radius; every
-argument of CleverHans is passed explicitly. Where CleverHans is at fault, the
-docstring says what it does, where, and what is done here instead; CleverHans itself
-is never changed.
+Each attack calls CleverHans's own functions inside one that is compiled once per shape of
+batch, whatever the radius. CleverHans itself is never changed: `_mended` makes copies of
+functions that find others under some names. The faults stand at the attack they concern.
 """
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,9 +14,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, tempered
-from tvkeras.inference import CompiledClassifier, Logits, Randomness
+from tvkeras import backends, checks, norms
+from tvkeras.attacks.base import ORDERS, Attack, Batch
+from tvkeras.attacks.carlini_wagner import CarliniWagner, adam
+from tvkeras.attacks.parts import Nearest, misclassified, tempered
+from tvkeras.inference import Logits, Randomness, Tensor
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -25,95 +27,95 @@ if keras.backend.backend() != "tensorflow":
     )
 
 import tensorflow as tf
-from cleverhans.tf2 import utils
 from cleverhans.tf2.attacks import carlini_wagner_l2, spsa
 from cleverhans.tf2.attacks.basic_iterative_method import basic_iterative_method
 from cleverhans.tf2.attacks.fast_gradient_method import fast_gradient_method
 from cleverhans.tf2.attacks.momentum_iterative_method import momentum_iterative_method
-
-Tensor = Any
-
-_ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}
+from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _InBall(Attack):
-    """An attack by gradients at a fixed epsilon; the perturbation in units of epsilon.
+def _mended(function: Any, **others: Any) -> Any:
+    """A copy of a function that finds `others` under those names of its module."""
+    names = {**function.__globals__, **others}
+    return types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
 
-    CleverHans is given x = 0, the model delta -> logits(images + epsilon delta) and
-    the pixels' bounds in units of epsilon, for these reasons:
 
-    - `projected_gradient_descent.py` asserts `eps_iter <= eps`, which no tensor
-      survives in a graph: a radius would have to be a constant, compiled anew each
-      time. Here both are constants, eps = 1.
-    - `optimize_linear` (`utils.py`) floors the *squared* l2 norm of a gradient at
-      1e-12, and the momentum method floors the mean of its entries at 1e-12: the
-      step of a gradient shorter than 1e-6 is too short, and the attack silently
-      stays where it is. Here gradients arrive rescaled (`_rescaled`).
-    - The cross-entropy of float32 logits forgets the true class at margins over 16,
-      and has no gradient at all over 103. Here no margin exceeds 10 (`tempered`).
-    - A one-sided clip stops the fast gradient method and is silently none in the
-      momentum method. Here both bounds are always given.
-    """
+@tf.custom_gradient
+def _rescaled(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`x` itself; the gradient of each example is divided by its largest entry."""
 
-    fixed_epsilon: ClassVar[bool] = True
-    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
+    def backward(g: Tensor) -> Tensor:
+        largest = tf.reduce_max(tf.abs(g), axis=(1, 2, 3), keepdims=True)
+        return tf.math.divide_no_nan(g, largest)
 
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, self.legal_norms)
-
-    def perturb(
-        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
-    ) -> tuple[Tensor, Tensor]:
-        """Attacks one batch."""
-        unit = tf.maximum(epsilon, 1e-30)  # epsilon = 0 leaves every image as it is
-
-        def model(delta: Tensor) -> Tensor:
-            return tempered(logits(images + epsilon * _rescaled(delta)), labels)
-
-        arguments = {
-            "norm": _ORDERS[self.norm],
-            "clip_min": -images / unit,
-            "clip_max": (1 - images) / unit,
-            "y": labels,
-            "targeted": False,
-            "sanity_checks": False,
-        }
-        delta, calls = self.unit_perturbation(model, tf.zeros_like(images), arguments, random)
-        x_adv = tf.clip_by_value(images + epsilon * delta, 0.0, 1.0)
-        return x_adv, tf.fill(tf.shape(labels), calls)
-
-    def unit_perturbation(
-        self, model: Logits, zero: Tensor, arguments: dict[str, Any], random: Randomness
-    ) -> tuple[Tensor, int]:
-        """The perturbation found in the unit ball around `zero`, and the model calls."""
-        raise TypeError(f"{type(self).__name__} is no attack: use one of its subclasses.")
+    return tf.identity(x), backward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleverHansFGSM(_InBall):
-    """The fast gradient method: one step of length epsilon.
+class CleverHansFGSM(Attack):
+    """The fast gradient method, at a fixed epsilon: one step of that length.
+
+    CleverHans is given x = 0, the model delta -> logits(images + epsilon delta) and the
+    pixels' bounds in units of epsilon; here and in the attacks below, for these reasons:
+
+    - `projected_gradient_descent.py` asserts `eps_iter <= eps`, which no tensor survives
+      in a graph: a radius would be compiled anew each time. Here both are constants.
+    - `optimize_linear` (`utils.py`) floors the *squared* l2 norm of a gradient at 1e-12,
+      and the momentum method floors the mean of its entries: the step of a gradient
+      shorter than 1e-6 is too short, and the attack silently stays where it is. Here
+      gradients arrive rescaled (`_rescaled`).
+    - The cross-entropy of float32 logits forgets the true class at margins over 16, and
+      has no gradient at all over 103. Here no margin exceeds 10 (`tempered`).
+    - A one-sided clip stops this method and is silently none in the momentum method.
+      Here both bounds are always given.
+    - `basic_iterative_method.py` sets `sanity_checks=True`, which under clipping calls
+      `np.all` on tensors of different shapes and raises. Here the protocol checks.
+
+    Attributes:
+        norm: Norm of the perturbation: "l2", "linf" or "l1".
 
     Reference: Goodfellow et al. (2015), arXiv:1412.6572.
     """
 
-    legal_norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "linf")
+    fixed_epsilon: ClassVar[bool] = True
+    function: ClassVar[Callable[..., Tensor]] = staticmethod(fast_gradient_method)
 
-    def unit_perturbation(
-        self, model: Logits, zero: Tensor, arguments: dict[str, Any], random: Randomness
-    ) -> tuple[Tensor, int]:
-        """`fast_gradient_method` with the true labels."""
-        return fast_gradient_method(model, zero, 1.0, loss_fn=None, **arguments), 1
+    def perturb(
+        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
+    ) -> tuple[Tensor, Tensor]:
+        """CleverHans's function, its loop a graph's."""
+        unit = tf.maximum(epsilon, 1e-30)  # epsilon = 0 leaves every image as it is
+        with random.at(0) as seed:
+            start = norms.random_in_ball(images, self.norm, 1.0, seed)
+
+        def model(delta: Tensor) -> Tensor:
+            return tempered(logits(images + epsilon * _rescaled(delta)), labels)
+
+        function = _mended(self.function, random_lp_vector=lambda *_, **__: start)
+        delta = tf.autograph.to_graph(function)(
+            model,
+            tf.zeros_like(images),
+            eps=1.0,
+            norm=ORDERS[self.norm],
+            clip_min=-images / unit,
+            clip_max=(1 - images) / unit,
+            y=labels,
+            sanity_checks=False,
+            **self.settings(),
+        )
+        x_adv = tf.clip_by_value(images + epsilon * delta, 0.0, 1.0)
+        return x_adv, tf.fill(tf.shape(labels), getattr(self, "steps", 1))
+
+    def settings(self) -> dict[str, Any]:
+        """Further arguments of CleverHans's function."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleverHansBIM(_InBall):
+class CleverHansBIM(CleverHansFGSM):
     """The basic iterative method, I-FGSM: projected steps that start from the image.
-
-    `basic_iterative_method.py` sets `sanity_checks=True`, which under clipping calls
-    `np.all` on tensors of different shapes and raises; here it is off, and the
-    protocol checks bounds and radius itself.
 
     Attributes:
         norm: "l2" or "linf".
@@ -126,203 +128,106 @@ class CleverHansBIM(_InBall):
     steps: int = 20
     relative_step: float | None = None
 
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
+    function: ClassVar[Callable[..., Tensor]] = staticmethod(basic_iterative_method)
+
     def __post_init__(self) -> None:
         """Checks the arguments."""
         super().__post_init__()
-        checks.whole_number("steps", self.steps, minimum=1)
         if self.relative_step is not None:
-            checks.number(
-                "relative_step", self.relative_step, minimum=0.0, maximum=1.0, exclusive=True
-            )
+            checks.number("relative_step", self.relative_step, maximum=1.0)
 
-    @property
-    def _step(self) -> float:
-        return self.relative_step or min(1.0, 2.5 / self.steps)
-
-    def unit_perturbation(
-        self, model: Logits, zero: Tensor, arguments: dict[str, Any], random: Randomness
-    ) -> tuple[Tensor, int]:
-        """`basic_iterative_method`, its loop a graph's."""
-        attack = tf.autograph.to_graph(basic_iterative_method)
-        steps = tf.constant(self.steps)
-        return attack(model, zero, 1.0, self._step, steps, **arguments), self.steps
+    def settings(self) -> dict[str, Any]:
+        """Length and number of steps."""
+        step = self.relative_step or min(1.0, 2.5 / self.steps)
+        return {"eps_iter": step, "nb_iter": tf.constant(self.steps)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleverHansPGD(CleverHansBIM):
-    """Projected gradient descent from a random start.
+    """Projected gradient descent from a random start; attributes as of `CleverHansBIM`.
 
-    `projected_gradient_descent.py` has no random start unless `rand_init` is set, and
-    then takes it from `random_lp_vector` (`utils.py`), whose `tf.random` numbers
-    depend on all that were drawn before. Here the start is a function of the seed,
-    uniform in the ball, and the loop around CleverHans's step and projection is
-    written again, because upstream's takes no start.
-
-    Attributes:
-        norm: "l2" or "linf".
-        steps: Gradient steps.
-        relative_step: Length of a step over epsilon; by default 2.5 / steps, at most 1.
-        random_start: Whether to start from a random point of the ball; otherwise this
-            is `CleverHansBIM`.
+    Upstream starts from the image, or from `random_lp_vector` (`utils.py`), whose numbers
+    depend on all that were drawn before. Here the start is a function of the seed.
 
     Reference: Madry et al. (2018), arXiv:1706.06083.
     """
 
-    random_start: bool = True
+    function: ClassVar[Callable[..., Tensor]] = staticmethod(projected_gradient_descent)
 
-    def unit_perturbation(
-        self, model: Logits, zero: Tensor, arguments: dict[str, Any], random: Randomness
-    ) -> tuple[Tensor, int]:
-        """`fast_gradient_method` and `clip_eta`, again and again."""
-
-        def clip(delta: Tensor) -> Tensor:
-            return tf.clip_by_value(delta, arguments["clip_min"], arguments["clip_max"])
-
-        def step(_: Tensor, delta: Tensor) -> Tensor:
-            delta = fast_gradient_method(model, delta, self._step, loss_fn=None, **arguments)
-            return clip(utils.clip_eta(delta, arguments["norm"], 1.0))
-
-        start = zero
-        if self.random_start:
-            with random.at(0) as seed:
-                start = clip(norms.random_in_ball(zero, self.norm, 1.0, seed))
-        return ops.fori_loop(0, self.steps, step, start), self.steps
+    def settings(self) -> dict[str, Any]:
+        """Length and number of steps, and the random start."""
+        return {**super().settings(), "rand_init": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleverHansMIM(CleverHansBIM):
-    """The momentum iterative method.
-
-    Attributes:
-        norm: "l2" or "linf".
-        steps: Gradient steps.
-        relative_step: Length of a step over epsilon; by default 2.5 / steps, at most 1.
-        decay: Of the momentum.
+    """The momentum iterative method; attributes as of `CleverHansBIM`.
 
     Reference: Dong et al. (2018), arXiv:1710.06081.
     """
 
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        super().__post_init__()
-        checks.number("decay", self.decay, minimum=0.0)
-
-    def unit_perturbation(
-        self, model: Logits, zero: Tensor, arguments: dict[str, Any], random: Randomness
-    ) -> tuple[Tensor, int]:
-        """`momentum_iterative_method`, its loop a graph's."""
-        attack = tf.autograph.to_graph(momentum_iterative_method)
-        steps = tf.constant(self.steps)
-        delta = attack(model, zero, 1.0, self._step, steps, decay_factor=self.decay, **arguments)
-        return delta, self.steps
+    function: ClassVar[Callable[..., Tensor]] = staticmethod(momentum_iterative_method)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleverHansCW(Attack):
+class CleverHansCW(CarliniWagner):
     """The l2 attack of Carlini and Wagner: smallest perturbation by Adam in tanh space.
 
-    The objective (`loss_fn`, `clip_tanh` of `carlini_wagner_l2.py`) is CleverHans's.
-    The search around it, `CarliniWagnerL2._attack`, is written again, for there
+    The objective and its gradient are CleverHans's, without its early stop on the whole
+    batch's loss. The search around them is that of `CarliniWagner`, for `_attack`
+    (`carlini_wagner_l2.py`)
 
-    - `optimizer.variables()` raises under Keras 3, where it is a property;
-    - the optimizer is reset by zeroing its variables, of which the learning rate is
-      one: nothing moves any more, and the clean images come back without a word;
-    - `self.targeted = y is not None`: true labels make the attack a targeted one;
-    - the constant has the shape of the images and meets bounds of shape (batch,):
-      its broadcast fails, or mixes examples where the sizes happen to agree;
-    - the confidence is added to *all* logits, which no argmax notices;
-    - the binary search asks whether *any* round succeeded (`best_score`), not the
-      last one, so that after a success the constant only falls.
-
-    The early stop on the whole batch's loss is left out: an example's result would
-    depend on its neighbours.
+    - calls `optimizer.variables()`, which raises under Keras 3, to set all of them to
+      zero, the learning rate too: nothing moves any more, without a word;
+    - takes true labels, `y`, for targets;
+    - has a constant of the images' shape that meets bounds of shape (batch,);
+    - adds the confidence to *all* logits, which no argmax notices (here the label's
+      logit has it to begin with);
+    - asks whether *any* round succeeded, so that after a success the constant only falls.
 
     Attributes:
         norm: "l2".
-        search_steps: Rounds of the binary search for the constant.
-        steps: Adam's steps in a round.
-        learning_rate: Adam's, in tanh space.
-        initial_const: Weight of the classification loss in the first round.
+        steps: Adam's steps for each weight.
+        step_size: Adam's learning rate, in tanh space.
+        search_steps: Weights tried for each example.
+        initial_weight: The first weight of the classification loss.
         confidence: By how much another logit must exceed the true one.
 
     Reference: Carlini & Wagner (2017), arXiv:1608.04644.
     """
 
+    step_size: float = 5e-3
     search_steps: int = 5
-    steps: int = 1000
-    learning_rate: float = 5e-3
-    initial_const: float = 1e-2
+    initial_weight: float = 1e-2
     confidence: float = 0.0
 
-    fixed_epsilon: ClassVar[bool] = False
+    def descend(
+        self, logits: Logits, images: Tensor, labels: Tensor, weight: Tensor, nearest: Nearest
+    ) -> tuple[Nearest, Tensor, Tensor]:
+        """Adam from the image: the nearest success so far, who succeeded here, and queries."""
+        origin, zeros = tf.atanh((2 * images - 1) * 0.999999), tf.zeros_like(images)
+        label = tf.one_hot(labels, logits(images).shape[1])
+        pixels = {"clip_min": 0.0, "clip_max": 1.0}
 
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2",))
-        checks.whole_number("search_steps", self.search_steps, minimum=1)
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.number("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
-        checks.number("initial_const", self.initial_const, minimum=0.0, exclusive=True)
-        checks.number("confidence", self.confidence, minimum=0.0)
-
-    def perturb(
-        self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
-    ) -> tuple[Tensor, Tensor]:
-        """A round of Adam for each constant of the binary search; the nearest success."""
-        w = tf.atanh((2 * images - 1) * 0.999999)
-        zeros = tf.zeros_like(images)
-        none = tf.zeros_like(labels, tf.float32)
-
-        def descend(const: Tensor, best: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            def step(index: Tensor, state: Any) -> Any:
-                change, first, second, x_adv, squared, found = state
-                candidate, size, won, g = self._objective(logits, w, change, labels, const)
-                first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-                count = tf.cast(index + 1, tf.float32)
-                mean = first / (1 - 0.9**count)
-                change -= self.learning_rate * mean / (tf.sqrt(second / (1 - 0.999**count)) + 1e-8)
-                better = won & (size < squared)
-                x_adv = tf.where(better[:, None, None, None], candidate, x_adv)
-                return change, first, second, x_adv, tf.where(better, size, squared), found | won
-
-            start = (zeros, zeros, zeros, *best, none > 0)
-            return ops.fori_loop(0, self.steps, step, start)[3:]
-
-        def search(_: Tensor, state: Any) -> Any:
-            const, lower, upper, *best = state
-            *best, found = descend(const, tuple(best))
-            lower, upper = tf.where(found, lower, const), tf.where(found, const, upper)
-            const = tf.where(upper < np.inf, (lower + upper) / 2, 10 * const)
-            return const, lower, upper, *best
-
-        start = (none + self.initial_const, none, none + np.inf, images, none + np.inf)
-        x_adv = ops.fori_loop(0, self.search_steps, search, start)[3]
-        return x_adv, tf.fill(tf.shape(labels), self.search_steps * self.steps)
-
-    def _objective(
-        self, logits: Logits, w: Tensor, change: Tensor, labels: Tensor, const: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Image at w + change, its squared distance, success, and the loss's gradient."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(change)
-            x_adv = carlini_wagner_l2.clip_tanh(w + change, clip_min=0.0, clip_max=1.0)
-            outputs = logits(x_adv)
-            classes = tf.one_hot(labels, outputs.shape[-1])
-            loss, squared = carlini_wagner_l2.loss_fn(
-                x=w,
-                x_new=x_adv,
-                y_true=classes,
-                y_pred=outputs,
-                confidence=self.confidence,
-                const=const,
-                targeted=False,
-                clip_min=0.0,
-                clip_max=1.0,
+        def loss(change: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            x_adv = carlini_wagner_l2.clip_tanh(origin + change, **pixels)
+            outputs = logits(x_adv) + self.confidence * label
+            total, _ = carlini_wagner_l2.loss_fn(
+                origin, x_adv, label, outputs, confidence=0.0, const=weight, **pixels
             )
-        won = tf.argmax(outputs + self.confidence * classes, axis=1) != labels
-        return x_adv, squared, won, tape.gradient(loss, change)
+            return total, (x_adv, outputs)
+
+        def step(number: Tensor, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            moments, nearest, found = state
+            (_, (x_adv, outputs)), (g,) = backends.value_and_gradient(loss, (moments[0],))
+            success = misclassified(outputs, labels)
+            nearest = nearest.after(x_adv, norms.length(x_adv - images, "l2"), success)
+            return adam(number, g, moments, self.step_size), nearest, found | success
+
+        start = ((zeros, zeros, zeros), nearest, labels < 0)
+        _, nearest, found = ops.fori_loop(0, self.steps, step, start)
+        return nearest, found, tf.fill(tf.shape(labels), tf.cast(self.steps, labels.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,17 +235,15 @@ class CleverHansSPSA(Attack):
     """Gradient-free descent of the margin, from differences along random signs.
 
     `spsa.py` constructs `Adam(lr=)`, which Keras 3 refuses, takes a batch of one, runs
-    eagerly, and draws numbers that no seed determines. Here its loop
-    (`projected_optimization`) runs compiled, over the images of a batch one by one,
-    with an optimizer of the same estimate and update and seeded numbers (`_SPSAAdam`).
-    An image is done as soon as it is misclassified.
+    eagerly, and draws numbers that no seed determines. Here it runs compiled, over the
+    images of a batch one by one, with seeded numbers, and with an optimizer that makes
+    none of the variables of Keras's: upstream's update does not use them. An image is
+    done as soon as it is misclassified.
 
     Attributes:
         norm: "linf".
         steps: Steps of Adam, at most.
         samples: Model calls for one estimate of the gradient; even.
-        delta: Distance of the samples, in pixel units.
-        learning_rate: Adam's, in pixel units.
 
     Reference: Uesato et al. (2018), arXiv:1802.05666.
     """
@@ -348,125 +251,76 @@ class CleverHansSPSA(Attack):
     norm: str = "linf"
     steps: int = 100
     samples: int = 128
-    delta: float = 0.01
-    learning_rate: float = 0.01
 
     fixed_epsilon: ClassVar[bool] = True
+    legal_norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("linf",))
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.number("delta", self.delta, minimum=0.0, exclusive=True)
-        checks.number("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
-        if checks.whole_number("samples", self.samples, minimum=2) % 2:
+        super().__post_init__()
+        if self.samples % 2:
             raise ValueError(f"samples must be even, got samples={self.samples}.")
 
-    def search(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Attacks one image after another inside one compiled function."""
-        calls = tf.Variable(0, dtype=tf.int64)  # lives as long as the function compiled first
+        model = batch.model
+        draws = tf.Variable(0)  # lives as long as the function compiled first
 
         def attack(logits: Logits, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             images, labels, epsilon, seed = tensors
+            upstream = _seeded_spsa(draws, model.randomness(seed))
 
             def one(row: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-                calls.assign(0)
-                x_adv = self._one(logits, calls, *row, epsilon, model.randomness(seed))
-                return x_adv, calls.read_value()
+                image, label, number = row
+                first = number * (self.steps + 1)
+                draws.assign(first)
+                x_adv = upstream(
+                    logits,
+                    image[None],
+                    label[None],
+                    epsilon,
+                    self.steps,
+                    clip_min=0.0,
+                    clip_max=1.0,
+                    early_stop_loss_threshold=0.0,
+                    spsa_samples=self.samples,
+                )
+                with tf.control_dependencies([x_adv]):
+                    steps = draws.read_value() - first - 1  # the first draw is the start
+                return x_adv[0], steps * (self.samples + 1)
 
             rows = (images, labels, tf.range(tf.shape(images)[0]))
             return tf.map_fn(
-                one, rows, parallel_iterations=1, fn_output_signature=(tf.float32, tf.int64)
+                one, rows, parallel_iterations=1, fn_output_signature=(tf.float32, tf.int32)
             )
 
-        return model.compiled(self, attack)(images, labels, np.float32(epsilon), np.int32(seed))
-
-    def _one(
-        self,
-        logits: Logits,
-        calls: tf.Variable,
-        image: Tensor,
-        label: Tensor,
-        row: Tensor,
-        epsilon: Tensor,
-        random: Randomness,
-    ) -> Tensor:
-        """One image's x_adv; its model calls are added to `calls`."""
-
-        def margin(images: Tensor, label: Tensor) -> Tensor:
-            calls.assign_add(tf.shape(images, out_type=tf.int64)[0])
-            outputs = logits(images)
-            return -spsa.margin_logit_loss(outputs, label, nb_classes=outputs.shape[-1])
-
-        optimizer = _SPSAAdam(self, image[None], epsilon, random, row)
-        return spsa.projected_optimization(
-            margin,
-            image[None],
-            label[None],
-            epsilon,
-            self.steps,
-            optimizer,
-            clip_min=0.0,
-            clip_max=1.0,
-            early_stop_loss_threshold=0.0,
-            is_debug=False,
-        )[0]
+        return model.compiled(self, attack)(*batch.arrays)
 
 
-class _SPSAAdam:
-    """What `projected_optimization` needs of `SPSAAdam`, with seeded numbers.
+def _seeded_spsa(draws: tf.Variable, random: Randomness) -> Callable[..., Tensor]:
+    """`spsa`, which draws its numbers from `random` and counts the draws."""
 
-    The estimate and the update are upstream's; they use none of the variables that a
-    Keras optimizer makes, and could not make inside a compiled function.
-    """
+    def uniform(shape: Any, minval: Tensor, maxval: Tensor, dtype: str = "float32") -> Tensor:
+        with random.at(draws.assign_add(1)) as seed:
+            return keras.random.uniform(shape, minval, maxval, dtype=dtype, seed=seed)
 
-    beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7
+    random_numbers = types.SimpleNamespace(uniform=uniform)
+    tensorflow = types.SimpleNamespace(**{**vars(tf), "random": random_numbers})
 
-    init_state = spsa.SPSAAdam.init_state
-    _compute_gradients = spsa.SPSAAdam._compute_gradients
-    _apply_gradients = spsa.SPSAAdam._apply_gradients
+    class Optimizer:
+        beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7
 
-    def __init__(
-        self, attack: CleverHansSPSA, image: Tensor, epsilon: Tensor, random: Randomness, row: Any
-    ) -> None:
-        self.lr = attack.learning_rate
-        self._delta = attack.delta
-        self._num_samples = attack.samples // 2  # each with its mirror image
-        self._num_iters = 1
-        self._random = random
-        self._first = row * (attack.steps + 1)
-        self._now = self._first
-        with random.at(self._first) as seed:
-            start = norms.random_in_ball(image, "linf", epsilon, seed)
-        self._start = tf.clip_by_value(image + start, 0.0, 1.0) - image
+        init_state = spsa.SPSAAdam.init_state
+        minimize = spsa.SPSAAdam.minimize
+        _compute_gradients = spsa.SPSAAdam._compute_gradients
+        _apply_gradients = spsa.SPSAAdam._apply_gradients
+        _get_delta = _mended(spsa.SPSAAdam._get_delta, tf=tensorflow)
 
-    def minimize(
-        self, loss_fn: Callable[..., Tensor], x: list[Tensor], optim_state: dict[str, Any]
-    ) -> tuple[list[Tensor], dict[str, Any]]:
-        """One step; the first one sets out from the seeded start, not from upstream's."""
-        self._now = self._first + 1 + tf.cast(optim_state["t"], tf.int32)
-        x = [tf.where(tf.equal(optim_state["t"], 0.0), self._start, x[0])]
-        return self._apply_gradients(self._compute_gradients(loss_fn, x), x, optim_state)
+        def __init__(self, lr: float, delta: float, num_samples: int, num_iters: int) -> None:
+            self.lr = lr
+            self._delta = delta
+            self._num_samples = num_samples // 2  # each with its mirror image
+            self._num_iters = num_iters
 
-    def _get_delta(self, x: Tensor, delta: float) -> Tensor:
-        with self._random.at(self._now) as seed:
-            shape = (self._num_samples, *x.shape[1:])
-            return delta * tf.sign(keras.random.uniform(shape, -1.0, 1.0, seed=seed))
-
-
-@tf.custom_gradient
-def _rescaled(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`x` itself; the gradient of each example is divided by its largest entry."""
-
-    def backward(g: Tensor) -> Tensor:
-        largest = tf.reduce_max(tf.abs(g), axis=(1, 2, 3), keepdims=True)
-        return tf.math.divide_no_nan(g, largest)
-
-    return tf.identity(x), backward
+    optimization = _mended(spsa.projected_optimization, tf=tensorflow)
+    return _mended(spsa.spsa, SPSAAdam=Optimizer, projected_optimization=optimization)

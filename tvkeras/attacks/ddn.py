@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, by_example, clearly_misclassified, select, tempered
-from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
+from tvkeras import norms
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import Nearest, by_example, clearly_misclassified, tempered
+from tvkeras.inference import Logits, Randomness, Tensor, example_losses, input_gradient
 
-Tensor = Any
+_RADIUS_CHANGE = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,34 +19,21 @@ class DecoupledDirectionNorm(Attack):
     """DDN: the smallest l2 perturbation it meets; takes no epsilon.
 
     Each step moves along the gradient of the cross-entropy, then rescales the
-    perturbation to the radius, which shrinks by `radius_change` where the example is
+    perturbation to the radius, 1 at first, which shrinks by 5 % where the example is
     misclassified and grows by it elsewhere. Steps shorten from 1 to 0.01 by a cosine.
     Logits are `tempered` (not so in the paper): large ones lose no attack.
 
     Attributes:
         norm: "l2".
         steps: Gradient steps, and queries of each example.
-        initial_radius: Length of the first perturbation, in pixel units.
-        radius_change: Relative change of the radius in a step.
-
-    Raises:
-        ValueError: For an illegal argument.
 
     Reference: Rony et al. (2019), arXiv:1811.09600.
     """
 
     steps: int = 100
-    initial_radius: float = 1.0
-    radius_change: float = 0.05
 
     fixed_epsilon: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ["l2"])
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.number("initial_radius", self.initial_radius, minimum=0.0, exclusive=True)
-        checks.number("radius_change", self.radius_change, minimum=0.0, maximum=1.0, exclusive=True)
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -53,26 +41,24 @@ class DecoupledDirectionNorm(Attack):
         """The nearest misclassified point of the path, else the image."""
         farthest = norms.length(ops.maximum(images, 1.0 - images), "l2")
 
-        def step(number: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x_adv, radius, best, best_distance = state
+        def step(number: Tensor, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            x_adv, radius, nearest = state
             _, outputs, gradient = input_gradient(
                 logits, x_adv, lambda outputs: example_losses(tempered(outputs, labels), labels)
             )
             wrong = clearly_misclassified(outputs, labels)
             distance = norms.length(x_adv - images, "l2")
-            better = ops.logical_and(wrong, distance <= best_distance)
-            best = select(better, x_adv, best)
-            best_distance = ops.where(better, distance, best_distance)
+            nearest = nearest.after(x_adv, distance, wrong)
 
             phase = ops.cast(number, images.dtype) * (math.pi / self.steps)
             step_size = 0.01 + 0.99 * (1.0 + ops.cos(phase)) / 2.0
             moved = x_adv + step_size * norms.steepest_direction(gradient, "l2")
-            change = ops.where(wrong, 1.0 - self.radius_change, 1.0 + self.radius_change)
+            change = ops.where(wrong, 1.0 - _RADIUS_CHANGE, 1.0 + _RADIUS_CHANGE)
             radius = ops.minimum(radius * ops.cast(change, radius.dtype), farthest)
             direction = norms.steepest_direction(moved - images, "l2")
             x_adv = ops.clip(images + by_example(radius) * direction, 0.0, 1.0)
-            return x_adv, radius, best, best_distance
+            return x_adv, radius, nearest
 
-        radius = ops.full_like(farthest, self.initial_radius)
-        _, _, best, _ = ops.fori_loop(0, self.steps, step, (images, radius, images, farthest))
-        return best, ops.full_like(labels, self.steps)
+        state = (images, ops.ones_like(farthest), Nearest(images, farthest))
+        nearest = ops.fori_loop(0, self.steps, step, state)[2]
+        return nearest.x_adv, ops.full_like(labels, self.steps)

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, by_example, class_logits, misclassified, select
-from tvkeras.inference import Logits, Randomness, input_gradient
-
-Tensor = Any
+from tvkeras import norms
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import Standing, by_example, class_logits, misclassified, select
+from tvkeras.inference import Logits, Randomness, Tensor, input_gradient
 
 _OVERSHOOT = 1.05
 _LARGEST_PULL = 0.1
@@ -32,9 +31,6 @@ class FastAdaptiveBoundary(Attack):
         targets: Classes whose boundaries are walked along, in the order of the
             image's logits; at most all the others.
 
-    Raises:
-        ValueError: For an illegal argument.
-
     Reference: Croce & Hein (2020), arXiv:1907.02044; the targeted form and the use at
     a fixed epsilon: arXiv:2003.01690.
     """
@@ -43,12 +39,7 @@ class FastAdaptiveBoundary(Attack):
     targets: int = 9
 
     fixed_epsilon: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2", "linf"))
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.whole_number("targets", self.targets, minimum=1)
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -58,33 +49,21 @@ class FastAdaptiveBoundary(Attack):
         targets = min(self.targets, clean.shape[1] - 1)
         order = ops.top_k(clean, targets + 1)[1]
 
-        def unfinished(step: Tensor, x: Tensor, *state: Tensor) -> Tensor:
-            return ops.logical_and(step < targets * self.steps, ops.any(state[1]))
+        def unfinished(step: Tensor, x: Tensor, state: Standing) -> Tensor:
+            return ops.logical_and(step < targets * self.steps, ops.any(state.standing))
 
-        def iterate(
-            step: Tensor, x: Tensor, x_adv: Tensor, standing: Tensor, queries: Tensor
-        ) -> tuple[Tensor, ...]:
+        def iterate(step: Tensor, x: Tensor, state: Standing) -> tuple[Any, ...]:
             x = ops.where(step % self.steps == 0, images, x)
             target = ops.take(order, step // self.steps + 1, axis=1)
             x = self._step(logits, x, images, labels, target)
             missed = misclassified(logits(x), labels)
             found = ops.logical_and(missed, norms.length(x - images, self.norm) <= epsilon)
-            x_adv = select(ops.logical_and(standing, found), x, x_adv)
-            queries = queries + 2 * ops.cast(standing, "int32")
-            standing = ops.logical_and(standing, ops.logical_not(found))
-            return (
-                step + 1,
-                select(missed, images + _BACKWARD * (x - images), x),
-                x_adv,
-                standing,
-                queries,
-            )
+            state = state.after(x, found, calls=2)
+            return step + 1, select(missed, images + _BACKWARD * (x - images), x), state
 
-        standing = ops.logical_not(misclassified(clean, labels))
-        queries = ops.ones_like(labels, dtype="int32")
-        state = (ops.zeros((), "int32"), images, images, standing, queries)
-        _, _, x_adv, _, queries = ops.while_loop(unfinished, iterate, state)
-        return x_adv, queries
+        start = (ops.zeros((), "int32"), images, Standing.before(clean, images, labels))
+        state = ops.while_loop(unfinished, iterate, start)[2]
+        return state.x_adv, state.queries
 
     def _step(
         self, logits: Logits, x: Tensor, images: Tensor, labels: Tensor, target: Tensor

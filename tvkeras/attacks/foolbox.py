@@ -14,9 +14,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import checks, inputs
-from tvkeras.attacks.base import Attack
-from tvkeras.inference import CompiledClassifier, Logits, input_gradient
+from tvkeras import inputs
+from tvkeras.attacks.base import Attack, Batch
+from tvkeras.inference import CompiledClassifier, Logits, Tensor, input_gradient
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -32,8 +32,6 @@ except ImportError as error:
     raise ImportError(
         "The Foolbox attacks need Foolbox, which is optional: pip install 'tvkeras[foolbox]'."
     ) from error
-
-Tensor = Any
 
 # Walks along the boundary end within rounding of it, where an image's class depends on the
 # batch that it is in: a result is moved away from the image by this share of its distance.
@@ -74,23 +72,16 @@ class _FoolboxAttack(Attack):
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        checks.one_of("norm", self.norm, self.legal_norms)
-        checks.whole_number("steps", self.steps, minimum=1)
+        super().__post_init__()
         if self.pool is not None:
             pool = inputs.as_float(inputs.images(self.pool, argument="pool"))
             digest = hashlib.sha256(np.ascontiguousarray(pool).data).hexdigest()
             object.__setattr__(self, "pool", pool)
             object.__setattr__(self, "pool_digest", digest)
 
-    def search(
-        self,
-        model: CompiledClassifier,
-        images: np.ndarray,
-        labels: np.ndarray,
-        epsilon: float | None,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Attacks the images that are classified rightly, together or one by one."""
+        model, images, labels, _, seed = batch
         tf.random.set_seed(seed)
         rows, starts = self.prepared(model, images, labels)
         x_adv, queries = images.copy(), np.zeros(len(images), np.int64)
@@ -141,29 +132,16 @@ class FoolboxBoundary(_FoolboxAttack):
         pool: Images to start from; by default those of the same batch.
         pool_digest: Computed: tells pools apart.
         steps: Steps, at most; each costs a call, and every tenth two.
-        spherical_step: First length of the step around the image, relative.
-        source_step: First length of the step towards it, relative.
-        step_adaptation: Factor that lengthens or shortens them.
 
     Reference: Brendel et al. (2018), arXiv:1712.04248.
     """
 
     steps: int = 25_000
-    spherical_step: float = 1e-2
-    source_step: float = 1e-2
-    step_adaptation: float = 1.5
 
     def attack(self, shape: tuple[int, ...]) -> Any:
-        """Foolbox's own attack."""
+        """Foolbox's own attack, with its defaults."""
         return foolbox.attacks.BoundaryAttack(
-            init_attack=None,
-            steps=self.steps,
-            spherical_step=self.spherical_step,
-            source_step=self.source_step,
-            source_step_convergance=1e-7,
-            step_adaptation=self.step_adaptation,
-            tensorboard=False,
-            update_stats_every_k=10,
+            steps=self.steps, tensorboard=False, update_stats_every_k=10
         )
 
 
@@ -181,14 +159,12 @@ class FoolboxHopSkipJump(_FoolboxAttack):
         pool_digest: Computed: tells pools apart.
         steps: Steps along the boundary.
         initial_samples: Calls for the first estimate of the normal; more in later ones.
-        max_samples: Calls for an estimate, at most.
 
     Reference: Chen et al. (2020), arXiv:1904.02144.
     """
 
     steps: int = 64
     initial_samples: int = 100
-    max_samples: int = 10_000
 
     one_by_one: ClassVar[bool] = True
     legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
@@ -196,12 +172,8 @@ class FoolboxHopSkipJump(_FoolboxAttack):
     def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
         return foolbox.attacks.HopSkipJumpAttack(
-            init_attack=None,
             steps=self.steps,
             initial_gradient_eval_steps=self.initial_samples,
-            max_gradient_eval_steps=self.max_samples,
-            stepsize_search="geometric_progression",
-            gamma=1.0,
             tensorboard=False,
             constraint=self.norm,
         )
@@ -214,8 +186,8 @@ class FoolboxBrendelBethge(_FoolboxAttack):
     Each step solves a problem in a trust region, compiled by numba when the first of a
     norm is made: half a minute. `run` (`brendel_bethge.py`) takes a radius in units of
     the number of pixels of the *whole batch* (`rate_normalization`), so that an
-    example's result depends on how many others there are. Here the radius is given in
-    pixel units, whatever the batch.
+    example's result depends on how many others there are. Here the first radius is an l2
+    length of 1, whatever the batch.
 
     Like every walk along a boundary it ends at a local minimum, which the start
     chooses: a larger `pool` gives shorter distances.
@@ -224,28 +196,14 @@ class FoolboxBrendelBethge(_FoolboxAttack):
         norm: "l1", "l2" or "linf".
         pool: Images to start from; by default those of the same batch.
         pool_digest: Computed: tells pools apart.
-        steps: Steps; each costs a gradient.
-        radius: First l2 radius of the trust region, in pixel units; it is halved
-            every `steps // 20` steps, at least every step.
-        overshoot: Length of a step across the boundary over the distance to it.
-        momentum: Weight of the normals before, in an average with the new one.
+        steps: Steps; each costs a gradient. The radius is halved twenty times.
 
     Reference: Brendel et al. (2019), arXiv:1907.01003.
     """
 
     steps: int = 1000
-    radius: float = 1.0
-    overshoot: float = 1.1
-    momentum: float = 0.8
 
     legal_norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "linf")
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        super().__post_init__()
-        checks.number("radius", self.radius, minimum=0.0, exclusive=True)
-        checks.number("overshoot", self.overshoot, minimum=1.0, maximum=2.0)
-        checks.number("momentum", self.momentum, minimum=0.0, maximum=0.999)  # 1 would never turn
 
     def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
@@ -254,17 +212,8 @@ class FoolboxBrendelBethge(_FoolboxAttack):
             "l2": foolbox.attacks.L2BrendelBethgeAttack,
             "linf": foolbox.attacks.LinfinityBrendelBethgeAttack,
         }
-        return kinds[self.norm](
-            init_attack=None,
-            overshoot=self.overshoot,
-            steps=self.steps,
-            lr=self.radius / math.prod(shape),
-            lr_decay=0.5,
-            lr_num_decay=20,
-            momentum=self.momentum,
-            tensorboard=False,
-            binary_search_steps=10,
-        )
+        radius = 1.0 / math.prod(shape)
+        return kinds[self.norm](steps=self.steps, lr=radius, tensorboard=False)
 
 
 class _Counted:

@@ -1,15 +1,14 @@
 """Projected gradient ascent on the cross-entropy; FGSM is one step of it."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, misclassified, select, tempered
-from tvkeras.inference import Logits, Randomness, example_losses, input_gradient
-
-Tensor = Any
+from tvkeras import norms
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import misclassified, select, tempered
+from tvkeras.inference import Logits, Randomness, Tensor, example_losses, input_gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,6 @@ class ProjectedGradient(Attack):
         temper: Whether to temper the logits; without it this is the attack as
             published, which large logits defeat: an audit wants to know.
 
-    Raises:
-        ValueError: For an illegal argument.
-
     Reference: Madry et al. (2018), arXiv:1706.06083.
     """
 
@@ -48,10 +44,6 @@ class ProjectedGradient(Attack):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         super().__post_init__()
-        checks.whole_number("steps", self.steps, minimum=1)
-        checks.whole_number("restarts", self.restarts, minimum=1)
-        if self.relative_step is not None:
-            checks.number("relative_step", self.relative_step, minimum=0.0, exclusive=True)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(
                 f"restarts must be 1 without random_start, got restarts={self.restarts}: "

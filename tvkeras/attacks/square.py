@@ -8,11 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack, by_example, example_margins, misclassified, select
-from tvkeras.inference import Logits, Randomness
-
-Tensor = Any
+from tvkeras import norms
+from tvkeras.attacks.base import Attack
+from tvkeras.attacks.parts import Standing, by_example, example_margins, misclassified, select
+from tvkeras.inference import Logits, Randomness, Tensor
 
 _FRACTION = 0.8  # of the image, which the first squares cover
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -35,20 +34,13 @@ class Square(Attack):
         queries: Proposals for each example, at most; the image and the start make two
             more model calls.
 
-    Raises:
-        ValueError: For an illegal argument.
-
     Reference: Andriushchenko et al. (2020), arXiv:1912.00049.
     """
 
     queries: int = 5000
 
     fixed_epsilon: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.one_of("norm", self.norm, ("l2", "linf"))
-        checks.whole_number("queries", self.queries, minimum=1)
+    legal_norms: ClassVar[tuple[str, ...]] = ("l2", "linf")
 
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
@@ -58,32 +50,26 @@ class Square(Attack):
             (_humps, _propose_hump) if self.norm == "l2" else (_stripes, _propose_square)
         )
 
-        def unfinished(step: Tensor, x: Tensor, margin: Tensor, *state: Tensor) -> Tensor:
-            return ops.logical_and(step < self.queries, ops.any(state[0]))
+        def unfinished(step: Tensor, x: Tensor, margin: Tensor, state: Standing) -> Tensor:
+            return ops.logical_and(step < self.queries, ops.any(state.standing))
 
-        def search(
-            step: Tensor, x: Tensor, margin: Tensor, standing: Tensor, queries: Tensor
-        ) -> tuple[Tensor, ...]:
+        def search(step: Tensor, x: Tensor, margin: Tensor, state: Standing) -> tuple[Any, ...]:
             with random.at(step + 1) as seed:
                 proposal = propose(images, x, epsilon, step, seed)
             outputs = logits(proposal)
-            missed = misclassified(outputs, labels)
-            better = ops.logical_or(missed, example_margins(outputs, labels) < margin)
-            better = ops.logical_and(standing, better)
+            better = example_margins(outputs, labels) < margin
             x = select(better, proposal, x)
             margin = ops.where(better, example_margins(outputs, labels), margin)
-            queries = queries + ops.cast(standing, "int32")
-            return step + 1, x, margin, ops.logical_and(standing, ops.logical_not(missed)), queries
+            return step + 1, x, margin, state.after(proposal, misclassified(outputs, labels))
 
         with random.at(0) as seed:
             x = start(images, epsilon, seed)
-        right = ops.logical_not(misclassified(logits(images), labels))
         outputs = logits(x)
-        standing = ops.logical_and(right, ops.logical_not(misclassified(outputs, labels)))
-        queries = 1 + ops.cast(right, "int32")
-        state = (ops.zeros((), "int32"), x, example_margins(outputs, labels), standing, queries)
-        _, x_adv, _, _, queries = ops.while_loop(unfinished, search, state)
-        return x_adv, queries
+        state = Standing.before(logits(images), images, labels)
+        state = state.after(x, misclassified(outputs, labels))
+        begun = (ops.zeros((), "int32"), x, example_margins(outputs, labels), state)
+        _, x, _, state = ops.while_loop(unfinished, search, begun)
+        return select(state.standing, x, state.x_adv), state.queries
 
 
 def _stripes(images: Tensor, epsilon: Tensor, seed: keras.random.SeedGenerator) -> Tensor:

@@ -53,9 +53,7 @@ fast_twin = _module.fast_twin
 from_first_process = _module.from_first_process
 maximum_of_processes = _module.maximum_of_processes
 maximum_of_replicas = _module.maximum_of_replicas
-skipped_step = _module.skipped_step
 spread = _module.spread
-train_step = _module.train_step
 value_and_gradient = _module.value_and_gradient
 
 

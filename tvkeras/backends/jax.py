@@ -1,4 +1,4 @@
-"""JAX's half of the training step: stateless, nothing here imports TensorFlow."""
+"""JAX's primitives; nothing here imports TensorFlow."""
 
 import contextlib
 import os
@@ -70,29 +70,6 @@ def from_first_process(content: bytes) -> bytes:
     if jax.process_index() == 0:
         buffer[:] = np.frombuffer(content, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
-
-
-def train_step(model: Any, state: Any, data: Any) -> tuple[dict[str, Tensor], Any]:
-    """One optimizer step of a `RobustClassifier`; returns its logs and the new state."""
-    trainable, non_trainable, optimizer, metrics = state
-    images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    with keras.StatelessScope(zip(model.optimizer.variables, optimizer, strict=True)):
-        update, non_trainable = model.compute_update(
-            trainable, non_trainable, images, labels, sample_weight
-        )
-    trainable, optimizer = model.optimizer.stateless_apply(optimizer, update.gradients, trainable)
-    with keras.StatelessScope(zip(model.optimizer.variables, optimizer, strict=True)):
-        step = keras.ops.convert_to_tensor(model.optimizer.iterations)
-    trainable, non_trainable = model.average_weights(step, trainable, non_trainable)
-    with keras.StatelessScope(zip(model.metrics_variables, metrics, strict=True)) as scope:
-        logs = model.compute_logs(update, images, labels, sample_weight)
-    metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
-    return logs, (trainable, non_trainable, optimizer, metrics)
-
-
-def skipped_step(state: Any, iterator: Any) -> tuple[dict[str, Tensor], Any]:
-    """What Keras's compiled step returns, with nothing done: no logs, the same state."""
-    return {}, state
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ import numpy as np
 
 from tvkeras import checks
 
-_BUFFER = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Examples:
@@ -49,25 +47,18 @@ class DataNotFoundError(FileNotFoundError):
     """The data set is not on this machine; the message says where it was looked for."""
 
 
-def load(
-    name: str,
-    split: str = "train",
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = False,
-) -> Examples:
+def load(name: str, split: str = "train", *, download: bool = False) -> Examples:
     """Loads a split as memory-mapped arrays, from the cache after the first time.
 
     The first load prepares "digits" (8x8, scikit-learn, embedded) or any TFDS data
     set of equally large images ("cifar10", "cifar100", "svhn_cropped", ...), in the
     order of their ids where they have ids. Later ones need neither TFDS nor
-    TensorFlow and check the sha256 of what they read.
+    TensorFlow and check the sha256 of what they read. The cache is
+    `TVKERAS_DATA_DIR`, by default `~/.cache/tvkeras/data`.
 
     Args:
         name: "digits" or a TFDS name.
         split: "train", "test", or another split that TFDS has.
-        cache_dir: Folder of the cache; by default `TVKERAS_DATA_DIR`, else
-            `~/.cache/tvkeras/data`.
         download: Whether TFDS may download what is missing, with a progress bar.
 
     Raises:
@@ -75,12 +66,9 @@ def load(
         ValueError: For an unknown split, a data set that is not of equally large
             uint8 images, or a damaged cache.
     """
-    folder = _cache(cache_dir) / name.replace("/", "-").replace(":", "-") / split
+    folder = _cache() / name.replace("/", "-").replace(":", "-") / split
     if not (folder / "meta.json").exists():
-        images, labels, num_classes = (
-            _digits(split) if name == "digits" else _from_tfds(name, split, download)
-        )
-        _write_cache(folder, images, labels, num_classes)
+        _write_cache(folder, *_read(name, split, download))
     meta = json.loads((folder / "meta.json").read_text())
     checksum = _checksum(folder)
     if checksum != meta["sha256"]:
@@ -116,9 +104,13 @@ def held_out(examples: Examples, fraction: float, seed: int = 0) -> tuple[Exampl
     return examples.take(train, "train"), examples.take(validation, "validation")
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    default = os.environ.get("TVKERAS_DATA_DIR", "~/.cache/tvkeras/data")
-    return pathlib.Path(cache_dir or default).expanduser()
+def _cache() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("TVKERAS_DATA_DIR", "~/.cache/tvkeras/data")).expanduser()
+
+
+def _read(name: str, split: str, download: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Images, labels and the number of classes, from where a data set of that name is."""
+    return _digits(split) if name == "digits" else _from_tfds(name, split, download)
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -138,7 +130,7 @@ def prepared_builder(name: str, download: bool = False) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name)
+        builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"dataset must be 'digits' or a name of tfds.list_builders(), got dataset={name!r}."
@@ -148,7 +140,7 @@ def prepared_builder(name: str, download: bool = False) -> Any:
     if not os.path.exists(builder.data_dir):
         raise DataNotFoundError(
             f"data set {name!r} is neither cached nor prepared on this machine (looked in "
-            f"{_cache(None)} and {builder.data_dir}). Either set TFDS_DATA_DIR to a "
+            f"{_cache()} and {builder.data_dir}). Either set TFDS_DATA_DIR to a "
             "folder that holds it, or allow the download: train.download=True "
             "(tvkeras.data.load(..., download=True))."
         )
@@ -200,6 +192,6 @@ def _checksum(folder: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for name in ("images.npy", "labels.npy"):
         with open(folder / name, "rb") as file:
-            while block := file.read(_BUFFER):
+            while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

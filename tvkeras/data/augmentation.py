@@ -1,4 +1,4 @@
-"""Random crop, flip and cutout, inside the compiled training step."""
+"""Random crop, flip, cutout and noise, inside the compiled training step."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ Tensor = Any
 @keras.saving.register_keras_serializable("tvkeras")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random crop, flip and cutout of a batch, in `keras.ops`, stateless.
+    """Random crop, flip, cutout and noise of a batch, in `keras.ops`, stateless.
 
     Attributes:
         crop: Pixels padded on every side before a random crop of the old size.
@@ -26,15 +26,20 @@ class Augmentation:
             (`tvkeras.data.Batches`).
         cutout: Side of the square, centred anywhere, that is replaced by its own
             mean colour; 0 for none.
+        noise: Standard deviation of Gaussian noise, in units of [0, 1], added last and not
+            clipped, for `tvkeras.bounds.Smoothed`; 0 for none. A defence's passes all see
+            the same draw.
 
     Reference: DeVries & Taylor (2017), arXiv:1708.04552, for cutout; Jordan (2024),
-    arXiv:2404.00498, for the alternating flip.
+    arXiv:2404.00498, for the alternating flip; Cohen et al. (2019), arXiv:1902.02918, for
+    the noise.
     """
 
     crop: int = 4
     fill: float | str = 0.5
     flip: bool | str = True
     cutout: int = 16
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -44,6 +49,7 @@ class Augmentation:
         if not isinstance(self.flip, bool):
             checks.one_of("flip", self.flip, ("alternating",))
         checks.whole_number("cutout", self.cutout)
+        checks.number("noise", self.noise, minimum=0.0, maximum=10.0)
 
     def __call__(self, images: Tensor, seed: keras.random.SeedGenerator) -> Tensor:
         """Augmented images, shape and dtype of `images`."""
@@ -75,6 +81,9 @@ class Augmentation:
             total = ops.sum(images * mask, axis=(1, 2), keepdims=True)
             mean = total / ops.sum(mask, axis=(1, 2), keepdims=True)
             images = ops.where(square, mean, images)
+        if self.noise:
+            draws = keras.random.normal(ops.shape(images), dtype=images.dtype, seed=seed)
+            images = images + self.noise * draws
         return images
 
     def mirrored(self, seed: int, epoch: int, count: int) -> np.ndarray:

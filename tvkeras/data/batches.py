@@ -27,21 +27,63 @@ class Splits(NamedTuple):
     checksums: dict[str, str]
 
 
-class Batches(keras.utils.PyDataset):
-    """Batches of `Examples`, each a pure function of (seed, epoch, index).
+class Epochs(keras.utils.PyDataset):
+    """Batches that are a pure function of (seed, epoch, index).
 
     Args:
-        examples: What to draw from.
+        count: Images in an epoch.
         batch_size: Images in a batch, over all processes.
         seed: Shuffles each epoch in its own order; None keeps the order and the
             last, smaller batch (for evaluation), a seed drops it (for training).
         devices: What the batches are spread over: each process reads its own share
             of them, and evaluation drops the last few images that do not divide.
-        augmentation: Says which images an epoch begins with mirrored, in training.
 
     Raises:
         ValueError: If a shuffled epoch has not one whole batch, or the devices cannot
             share one evenly.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None, devices: Devices) -> None:
+        super().__init__()
+        self.count = count
+        self.batch_size = checks.whole_number("batch_size", batch_size, minimum=1)
+        self.seed = seed
+        self.devices = devices
+        if batch_size % devices.total:
+            raise ValueError(
+                f"batch_size must be a multiple of the {devices.total} devices that share a batch, "
+                f"got batch_size={batch_size}."
+            )
+        if seed is not None and count < batch_size:
+            raise ValueError(
+                f"batch_size must be <= {count}, the number of images to train on, "
+                f"got batch_size={batch_size}."
+            )
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Orders the images for `epoch`, of which `first_batch` batches are done."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Batches in an epoch, those that are done included."""
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (self.seed is None and rest >= self.devices.total)
+
+    def batch_number(self, index: int) -> int:
+        """Which batch of the epoch Keras's `index` is: it reads ahead of the epoch's end."""
+        return (self.first_batch + index) % len(self)
+
+
+class Batches(Epochs):
+    """Batches of `Examples` in memory.
+
+    Args:
+        examples: What to draw from.
+        batch_size: As for `Epochs`, with `seed` and `devices`.
+        seed: None to evaluate.
+        devices: By default one.
+        augmentation: Says which images an epoch begins with mirrored, in training.
     """
 
     def __init__(
@@ -52,59 +94,28 @@ class Batches(keras.utils.PyDataset):
         devices: Devices = Devices(),  # noqa: B008 (immutable)
         augmentation: Augmentation | None = None,
     ) -> None:
-        super().__init__()
         self.examples = examples
-        self.batch_size = shared_batch_size(batch_size, devices)
-        self.seed = seed
-        self.devices = devices
         self.augmentation = augmentation
-        if seed is not None and len(examples) < batch_size:
-            raise ValueError(
-                f"batch_size must be <= {len(examples)}, the number of images of "
-                f"{examples.name} {examples.split}, got batch_size={batch_size}."
-            )
-        self.begin_epoch(0)
+        super().__init__(len(examples), batch_size, seed, devices)
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Orders the images for `epoch`, of which `first_batch` batches are done."""
-        count = len(self.examples)
-        self._order, self._first = np.arange(count), first_batch
-        self._mirrored = np.zeros(count, bool)
+        super().begin_epoch(epoch, first_batch)
+        self._order, self._mirrored = np.arange(self.count), np.zeros(self.count, bool)
         if self.seed is not None:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(self._order)
             if self.augmentation is not None:
-                self._mirrored = self.augmentation.mirrored(self.seed, epoch, count)
-
-    def __len__(self) -> int:
-        """Batches in an epoch, those that are done included."""
-        return batch_count(len(self.examples), self.batch_size, self.seed, self.devices)
+                self._mirrored = self.augmentation.mirrored(self.seed, epoch, self.count)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 `(batch, height, width, channels)`, and labels `(batch,)`."""
-        index = (self._first + index) % len(self)  # Keras reads ahead of the epoch's end
-        rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        first = self.batch_number(index) * self.batch_size
+        rows = self._order[first : first + self.batch_size]
         share = len(rows) // self.devices.total * self.devices.total // self.devices.processes
         rows = rows[self.devices.process * share : (self.devices.process + 1) * share]
         images, mirrored = self.examples.images[rows], self._mirrored[rows]
         images[mirrored] = images[mirrored, :, ::-1]
         return images, self.examples.labels[rows]
-
-
-def batch_count(count: int, batch_size: int, seed: int | None, devices: Devices) -> int:
-    """Batches in an epoch of `count` images: whole ones, for evaluation the rest too."""
-    whole, rest = divmod(count, batch_size)
-    return whole + (seed is None and rest >= devices.total)
-
-
-def shared_batch_size(batch_size: int, devices: Devices) -> int:
-    """Returns `batch_size` if the devices can share it evenly, or raises ValueError."""
-    checks.whole_number("batch_size", batch_size, minimum=1)
-    if batch_size % devices.total:
-        raise ValueError(
-            f"batch_size must be a multiple of the {devices.total} devices that share a batch, "
-            f"got batch_size={batch_size}."
-        )
-    return batch_size
 
 
 def in_memory(

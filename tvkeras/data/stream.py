@@ -3,16 +3,18 @@
 import threading
 from typing import Any
 
-import keras
 import numpy as np
 
 from tvkeras import checks
 from tvkeras.backends import Devices
 from tvkeras.data import arrays
 from tvkeras.data.arrays import Examples
-from tvkeras.data.batches import Splits, batch_count, shared_batch_size
+from tvkeras.data.batches import Epochs, Splits
 
 Tensor = Any
+
+SHUFFLED = 10_000  # encoded images among which the next one is drawn
+MEASURED = 1000  # images of the final measurement, the first ones
 
 
 def streamed(
@@ -23,7 +25,6 @@ def streamed(
     validation_fraction: float,
     seed: int,
     test_split: str = "validation",
-    test_images: int = 1000,
     download: bool = False,
     devices: Devices = Devices(),  # noqa: B008 (immutable)
 ) -> Splits:
@@ -32,13 +33,12 @@ def streamed(
     Args:
         name: A TFDS name.
         image_size: Side of the square images.
-        batch_size: Images in a batch.
+        batch_size: As for `in_memory`, with `download` and `devices`.
         validation_fraction: Share of the split "train" to hold out, at its end.
         seed: Of the order and the crops of the training images.
         test_split: Split of the final measurement; ImageNet's is "validation".
-        test_images: How many of its first images are measured.
-        download: Whether missing data may be downloaded.
-        devices: What the batches are spread over.
+        download: As for `in_memory`.
+        devices: As for `in_memory`.
     """
     checks.number("validation_fraction", validation_fraction, minimum=0.0, maximum=0.999)
     builder = arrays.prepared_builder(name, download)
@@ -48,19 +48,10 @@ def streamed(
         raise ValueError(f"data set {name!r} has no supervised (image, label) pair.")
     count = infos["train"].num_examples
     kept = count - round(validation_fraction * count)
-    measured = min(test_images, infos[test_split].num_examples)
-    if kept < batch_size:
-        raise ValueError(f"batch_size must be <= {kept}, got batch_size={batch_size}.")
+    measured = min(MEASURED, infos[test_split].num_examples)
 
     def stream(split: str, seed: int | None = None, devices: Devices = devices) -> Stream:
-        return Stream(
-            builder,
-            split,
-            batch_size=batch_size,
-            image_size=image_size,
-            seed=seed,
-            devices=devices,
-        )
+        return Stream(builder, split, batch_size, image_size, seed=seed, devices=devices)
 
     test = stream(f"{test_split}[:{measured}]", devices=Devices())
     images, labels = zip(*(test[index] for index in range(len(test))), strict=True)
@@ -79,56 +70,42 @@ def streamed(
     )
 
 
-class Stream(keras.utils.PyDataset):
+class Stream(Epochs):
     """Batches of a prepared TFDS data set, read by `tf.data` in constant memory.
 
     Training (a `seed`) draws a random crop of 8 to 100 % of the area and a flip for
-    each image, a function of (seed, epoch, index), and drops an epoch's last, smaller
-    batch; evaluation crops the centre and keeps it.
+    each image; evaluation crops the centre.
 
     Args:
         builder: A TFDS builder whose data is prepared.
         split: A TFDS split, such as "train[:1000]".
-        batch_size: Images in a batch.
+        batch_size: As for `Epochs`, with `seed` and `devices`.
         image_size: Side of the square images.
-        seed: Seed of order and augmentation; None for evaluation.
-        shuffle_buffer: Encoded images among which the next one is drawn.
-        devices: What the batches are spread over: each process decodes its own share
-            of them, and evaluation drops the last few images that do not divide.
+        seed: None to evaluate.
+        devices: By default one; each process decodes its own share of a batch.
     """
 
     def __init__(
         self,
         builder: Any,
         split: str,
-        *,
         batch_size: int,
         image_size: int,
+        *,
         seed: int | None = None,
-        shuffle_buffer: int = 10_000,
         devices: Devices = Devices(),  # noqa: B008 (immutable)
     ) -> None:
-        super().__init__()
         self.builder = builder
         self.split = split
-        self.batch_size = shared_batch_size(batch_size, devices)
         self.image_size = checks.whole_number("image_size", image_size, minimum=1)
-        self.seed = seed
-        self.shuffle_buffer = shuffle_buffer
-        self.devices = devices
         self._lock = threading.Lock()  # Keras may leave an old reader running beside the new one
-        self.begin_epoch(0)
+        super().__init__(builder.info.splits[split].num_examples, batch_size, seed, devices)
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Orders the images for `epoch`, of which `first_batch` batches are done."""
         with self._lock:
-            self._epoch, self._first = epoch, first_batch
+            super().begin_epoch(epoch, first_batch)
             self._next, self._iterator = -1, iter(())
-
-    def __len__(self) -> int:
-        """Batches in an epoch, those that are done included."""
-        count = self.builder.info.splits[self.split].num_examples
-        return batch_count(count, self.batch_size, self.seed, self.devices)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 `(batch, image_size, image_size, channels)`, and labels `(batch,)`.
@@ -136,10 +113,10 @@ class Stream(keras.utils.PyDataset):
         Batches are read one after the other; a jump starts the pipeline anew.
         """
         with self._lock:
-            index = (self._first + index) % len(self)  # Keras reads ahead of the epoch's end
-            if index != self._next:
-                self._iterator = self._pipeline(index).as_numpy_iterator()
-            self._next = index + 1
+            number = self.batch_number(index)
+            if number != self._next:
+                self._iterator = self._pipeline(number).as_numpy_iterator()
+            self._next = number + 1
             return next(self._iterator)
 
     def _pipeline(self, first_batch: int) -> Any:
@@ -158,7 +135,7 @@ class Stream(keras.utils.PyDataset):
                 side = tf.reduce_min(tf.shape(image)[:2])
                 image = tf.image.resize_with_crop_or_pad(image, side, side)
             else:
-                key = tf.stack([tf.constant(self.seed + (self._epoch << 32), tf.int64), index])
+                key = tf.stack([tf.constant(self.seed + (self.epoch << 32), tf.int64), index])
                 begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
                     tf.shape(image),
                     tf.zeros((1, 0, 4)),
@@ -178,11 +155,10 @@ class Stream(keras.utils.PyDataset):
             return tf.nest.map_structure(lambda rows: rows[first : first + share], batch)
 
         if self.seed is not None:
-            order = int(np.random.default_rng((self.seed, self._epoch)).integers(2**31))
-            dataset = dataset.shuffle(self.shuffle_buffer, order, reshuffle_each_iteration=False)
-        if self.seed is None:
-            count = self.builder.info.splits[self.split].num_examples
-            dataset = dataset.take(count // self.devices.total * self.devices.total)
+            order = int(np.random.default_rng((self.seed, self.epoch)).integers(2**31))
+            dataset = dataset.shuffle(SHUFFLED, order, reshuffle_each_iteration=False)
+        else:
+            dataset = dataset.take(self.count // self.devices.total * self.devices.total)
         dataset = dataset.skip(first_batch * self.batch_size)
         dataset = dataset.batch(self.batch_size).map(own_share).unbatch()
         dataset = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

@@ -30,7 +30,8 @@ class AdversarialTraining(Defense):
         steps: Gradient steps of the attack.
         step_size: Length of one, by default 2.5 epsilon / steps (epsilon for one).
         random_start: Whether the attack starts from a random point of the ball.
-        bounds: Legal pixel values, or None for no clipping.
+        bounds: Legal pixel values, or None for no clipping; a pixel that the augmentation's
+            noise put beyond them may stay where it is.
 
     Raises:
         ValueError: For an illegal argument.
@@ -159,6 +160,9 @@ def _attack(
     step_size = epsilon * min(1.0, 2.5 / defense.steps)
     if defense.step_size is not None:
         step_size = checks.epsilon(defense.step_size, "step_size")
+    bounds: Any = defense.bounds
+    if bounds is not None:  # noisy images lie beyond them: they may stay there, and go no further
+        bounds = ops.minimum(images, bounds[0]), ops.maximum(images, bounds[1])
     x_adv = norms.projected_ascent(
         gradient,
         images,
@@ -167,7 +171,7 @@ def _attack(
         steps=defense.steps,
         step_size=strength * step_size,
         start=start,
-        bounds=defense.bounds,
+        bounds=bounds,
     )
     return ops.stop_gradient(x_adv)
 

@@ -4,9 +4,10 @@ mean_i l_i + tv_weight * mean_i ||grad l_i||_* + lipschitz_weight * max_i ||grad
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 from keras import ops
@@ -15,6 +16,7 @@ from tvkeras import backends, checks, norms
 from tvkeras.defenses.base import Defense, Outputs, TrainingBatch, Undefended, Update, batch_mean
 
 Tensor = Any
+_End: TypeAlias = tuple[Tensor, Sequence[Tensor]]  # of the quotients: value and gradients
 
 # The smallest usable fd_step. An l1 displacement sits in one pixel, whose rounding weighs most.
 # `python -m benchmarks.precision` prints the errors behind it.
@@ -133,12 +135,85 @@ class TVLipschitz(Defense):
     def update(self, batch: TrainingBatch) -> Update:
         """Gradient of the objective; the moving statistics are those of the clean pass."""
         if self.penalty_every > 1:
-            return self._sometimes(batch)
+            return self._every_so_often(batch)
         if self.method == "double_backprop":
             return self._double_backprop(batch)
-        return self._finite_difference(batch)
+        if self.penalty_fraction < 1.0:
+            return self._of_a_share(batch)
+        clean, g = _clean_pass(batch)
+        return self._penalised(clean, batch, clean, g)
 
-    def _sometimes(self, batch: TrainingBatch) -> Update:
+    def _penalised(self, plain: Update, batch: TrainingBatch, clean: Update, g: Tensor) -> Update:
+        """`plain`, plus both terms of a batch: what its losses gain from x to x + t d, over t."""
+        sizes = norms.dual_length(g, self.norm)
+        steepest, lipschitz, share = batch.maximum(sizes)
+        if batch.sample_weight is not None:
+            share = share * ops.take(batch.sample_weight, steepest)
+        # The t at which t d has l2 length fd_step, for a d without zero entries.
+        entries = math.prod(batch.images.shape[1:]) if self.norm == "linf" else 1
+        t = self.fd_step / math.sqrt(entries)
+        t_d = t * norms.steepest_direction(g, self.norm)
+        end = functools.partial(self._end, batch, steepest, share)
+
+        if self.scheme == "forward" and not (self.lipschitz_weight and batch.stochastic):
+            # Two passes: the clean one is the base, but for that of x_k, which is appended.
+            ratio = batch.strength * checks.epsilon(self.tv_weight) / t
+            base: _End = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
+            ahead = end(t, batch.images + t_d, base[1], append=bool(self.lipschitz_weight))
+        elif self.scheme == "forward":  # the base is computed again, both terms on the same masks
+            base = end(t, batch.images, clean.gradients)
+            ahead = end(t, batch.images + t_d, base[1])
+        else:
+            base = end(2 * t, batch.images - t_d, clean.gradients)
+            ahead = end(2 * t, batch.images + t_d, base[1])
+
+        terms = zip(plain.gradients, ahead[1], base[1], strict=True)
+        return plain._replace(
+            gradients=[p + a - b for p, a, b in terms],
+            loss=plain.loss + ahead[0] - base[0],
+            penalties={"total_variation": batch_mean(sizes), "lipschitz": lipschitz},
+        )
+
+    def _end(
+        self,
+        batch: TrainingBatch,
+        steepest: Tensor,
+        share: Tensor | float,
+        span: float,
+        images: Tensor,
+        previous: Sequence[Tensor],
+        append: bool = False,
+    ) -> _End:
+        """(tv_weight mean l + lipschitz_weight l_k) / span at `images`, and its gradient.
+
+        It waits for the gradients of the `previous` pass, whose activations are then gone:
+        run at the same time, two passes would need memory for both. With `append`, x_k
+        itself is one row more, whose loss is taken from l_k.
+        """
+        images = backends.after(images, previous)
+
+        def weighted(trainable: Sequence[Tensor]) -> tuple[Tensor, None]:
+            outputs = batch.outputs(trainable, images, steepest if append else None)
+            value = batch.strength * checks.epsilon(self.tv_weight) * outputs.loss
+            if self.lipschitz_weight:
+                peak = ops.take(outputs.example_loss, steepest)
+                if append:
+                    peak = peak - outputs.example_loss[-1]
+                value = value + batch.strength * self.lipschitz_weight * share * peak
+            return value / span, None
+
+        value, _, (gradients,) = batch.gradient(weighted, batch.trainable)
+        return value, gradients
+
+    # ---- Variants ----------------------------------------------------------------------
+    def _of_a_share(self, batch: TrainingBatch) -> Update:
+        """The plain update of the batch, plus the terms of a random share of it."""
+        plain = Undefended().update(batch)
+        batch = batch.subset(self.penalty_fraction)
+        batch = dataclasses.replace(batch, images=backends.after(batch.images, plain.gradients))
+        return self._penalised(plain, batch, *_clean_pass(batch))
+
+    def _every_so_often(self, batch: TrainingBatch) -> Update:
         """Every so many steps the penalised update, else the plain one, which measures none."""
         always = dataclasses.replace(self, penalty_every=1)
         batch = dataclasses.replace(batch, strength=batch.strength * self.penalty_every)
@@ -151,69 +226,7 @@ class TVLipschitz(Defense):
         due = ops.equal(batch.step % self.penalty_every, 0)
         return ops.cond(due, lambda: always.update(batch), plain)
 
-    def _finite_difference(self, batch: TrainingBatch) -> Update:
-        tv_weight, lipschitz_weight = self._weights(batch)
-        if self.penalty_fraction < 1.0:
-            plain = Undefended().update(batch)
-            batch = batch.subset(self.penalty_fraction)
-            batch = dataclasses.replace(batch, images=backends.after(batch.images, plain.gradients))
-            clean, image_gradient = _clean_pass(batch)
-        else:
-            clean, image_gradient = _clean_pass(batch)
-            plain = clean
-
-        g = batch.input_gradient(image_gradient)
-        sizes = norms.dual_length(g, self.norm)
-        steepest, lipschitz, share = batch.maximum(sizes)
-        if batch.sample_weight is not None:
-            share = share * ops.take(batch.sample_weight, steepest)
-        step = self._step(batch.images)
-        displacement = step * norms.steepest_direction(g, self.norm)
-        span = 2 * step if self.scheme == "central" else step
-
-        def side(
-            images: Tensor, previous: Sequence[Tensor], extra: Tensor | None = None
-        ) -> tuple[Tensor, Sequence[Tensor]]:
-            """One end of the quotients: (tv_weight mean l + lipschitz_weight l_k) / span.
-
-            It waits for the gradients of the `previous` pass, whose activations are then
-            gone: run at the same time, two passes would need memory for both.
-            """
-            images = backends.after(images, previous)
-
-            def end(trainable: Sequence[Tensor]) -> tuple[Tensor, None]:
-                outputs = batch.outputs(trainable, images, extra)
-                value = tv_weight * outputs.loss
-                if self.lipschitz_weight:
-                    peak = ops.take(outputs.example_loss, steepest)
-                    if extra is not None:
-                        peak = peak - outputs.example_loss[-1]
-                    value = value + lipschitz_weight * share * peak
-                return value / span, None
-
-            value, _, (gradients,) = batch.gradient(end, batch.trainable)
-            return value, gradients
-
-        if self.scheme == "central":
-            base = side(batch.images - displacement, clean.gradients)
-        elif self.lipschitz_weight and batch.stochastic:
-            base = side(batch.images, clean.gradients)
-        else:
-            ratio = tv_weight / span
-            base = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
-        one_sided = self.lipschitz_weight and self.scheme == "forward" and not batch.stochastic
-        ahead = side(batch.images + displacement, base[1], steepest if one_sided else None)
-
-        gradients = [p + a - b for p, a, b in zip(plain.gradients, ahead[1], base[1], strict=True)]
-        return plain._replace(
-            gradients=gradients,
-            loss=plain.loss + ahead[0] - base[0],
-            penalties={"total_variation": batch_mean(sizes), "lipschitz": lipschitz},
-        )
-
     def _double_backprop(self, batch: TrainingBatch) -> Update:
-        tv_weight, lipschitz_weight = self._weights(batch)
-
         def objective(trainable: Sequence[Tensor]) -> tuple[Tensor, Any]:
             def loss(images: Tensor) -> tuple[Tensor, Outputs]:
                 outputs = batch.outputs(trainable, images)
@@ -223,26 +236,16 @@ class TVLipschitz(Defense):
             sizes = norms.dual_length(batch.input_gradient(image_gradient), self.norm)
             steepest, lipschitz, share = batch.maximum(sizes)
             penalties = {"total_variation": batch_mean(sizes), "lipschitz": lipschitz}
-            value = outputs.loss + tv_weight * penalties["total_variation"]
-            peak = lipschitz_weight * share * ops.take(sizes, steepest)
-            return value + peak, (outputs, penalties)
+            mean = batch.strength * checks.epsilon(self.tv_weight) * penalties["total_variation"]
+            peak = batch.strength * self.lipschitz_weight * share * ops.take(sizes, steepest)
+            return outputs.loss + mean + peak, (outputs, penalties)
 
         loss, (outputs, penalties), (gradients,) = batch.gradient(objective, batch.trainable)
         return Update(gradients, loss, outputs.logits, outputs.state, penalties)
 
-    def _weights(self, batch: TrainingBatch) -> tuple[Tensor | float, Tensor | float]:
-        """Of the mean and of the maximum, as far as they are ramped up."""
-        return batch.strength * checks.epsilon(
-            self.tv_weight
-        ), batch.strength * self.lipschitz_weight
-
-    def _step(self, images: Tensor) -> float:
-        """The t at which t d has l2 length fd_step, for a d without zero entries."""
-        return self.fd_step / math.sqrt(math.prod(images.shape[1:]) if self.norm == "linf" else 1)
-
 
 def _clean_pass(batch: TrainingBatch) -> tuple[Update, Tensor]:
-    """One backward pass: the mean loss's gradient for the weights and for the images."""
+    """One backward pass: the mean loss's update, and each loss's gradient for its image."""
 
     def objective(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Outputs]:
         outputs = batch.outputs(trainable, images)
@@ -251,4 +254,6 @@ def _clean_pass(batch: TrainingBatch) -> tuple[Update, Tensor]:
     loss, outputs, (gradients, image_gradient) = batch.gradient(
         objective, batch.trainable, batch.images
     )
-    return Update(gradients, loss, outputs.logits, outputs.state), image_gradient
+    return Update(gradients, loss, outputs.logits, outputs.state), batch.input_gradient(
+        image_gradient
+    )

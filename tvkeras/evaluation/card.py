@@ -3,21 +3,15 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from tvkeras.evaluation import suite
-from tvkeras.evaluation.case import Check
-from tvkeras.evaluation.suite import Outcome
-
-SCHEMA = 4  # 1 had no audit, 2 no note, 3 no corruptions
+SCHEMA = 4  # 2 had no note, 3 no corruptions: published entries are of these
 READABLE = (2, 3, 4)
 EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
@@ -38,17 +32,25 @@ class Rate:
     high: float
     n: int
 
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % ({self.n:,} images)"
 
-def rate(which: np.ndarray) -> Rate:
-    """Share of true entries of `which`, shape `(count,)`."""
-    count = int(np.sum(which))
-    interval = stats.binomtest(count, len(which)).proportion_ci(method="wilson")
-    return Rate(
-        value=count / len(which),
-        low=float(interval.low),
-        high=float(interval.high),
-        n=len(which),
-    )
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What one check of an audit found.
+
+    Attributes:
+        name: Of the function that made it.
+        status: "pass", "warn" or "fail".
+        figure: What was measured; None where that is no finite number.
+        advice: What it means and what to do where it is no pass; one sentence.
+    """
+
+    name: str
+    status: str
+    figure: float | None
+    advice: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class DetectionReport:
         median_distance: By attack, l2 distance of its adversarial images.
         evasive_success: Share of images for which the evasive attack found a
             misclassified one that is not rejected.
+        norm: Threat norm, whose dual measures the gradients.
     """
 
     statistic: str
@@ -116,6 +119,7 @@ class DetectionReport:
     at: dict[str, dict[str, float]]
     median_distance: dict[str, float]
     evasive_success: Rate
+    norm: str = "l2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,8 @@ class AuditReport:
 
     Attributes:
         norm: Norm of the perturbations.
-        verdict: "reliable", "unreliable" or "not audited".
+        verdict: "reliable", "unreliable" where any check fails (then no robust accuracy
+            that these attacks measured may be quoted), or "not audited".
         images: How many of the first test images it looked at.
         surrogate: Name of the model whose adversarial images were tried too, if any.
         checks: In the order they were made.
@@ -168,22 +173,25 @@ class Card:
         name: The model's.
         command: The command that made the card.
         model: What was measured: builder, arguments, parameters, sha256 of the weights.
-        training: Defence, data set, epochs and the like, from the run folder.
+        training: Defence, data set, epochs and the like, from the run folder; may be empty.
         dataset: Name and split of the test images.
         seed: Of the attacks.
         clean_error: On all test images.
         gradient_norms: Mean and maximum over the test images: `loss` is
-            ||grad l||_2 at the true label, `model` ||grad f||_{2,inf}.
+            ||grad l||_2 at the true label, `model`, if measured, ||grad f||_{2,inf}.
         attacks: One report for each attack.
         worst_case: One for each norm.
-        audit: One for each norm.
-        detection: One for each statistic.
-        bounds: One for each kind.
+        audit: One for each norm, if it was made.
+        detection: One for each statistic, if held-out images were given.
+        bounds: One for each kind and norm.
         figures: File beside the card, by caption: "distances.png" and the like.
         versions: Of the packages.
         note: What a reader should know besides the figures, such as why they fall short.
         corruption_error: On the clean test images, spoiled without malice, by corruption.
+        suite: Of the attacks: a name of `trials.SUITES`, or "custom".
         schema: Version of this format.
+        files: What writes each figure, and the table of examples, by file name; none for
+            a card that was read. No part of the JSON.
 
     Raises:
         ValueError: If a figure is another kind of file, or elsewhere.
@@ -206,7 +214,11 @@ class Card:
     versions: dict[str, str]
     note: str = ""
     corruption_error: dict[str, Rate] = dataclasses.field(default_factory=dict)
+    suite: str = ""
     schema: int = SCHEMA
+    files: Mapping[str, Callable[[pathlib.Path], Any]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Checks the files that are copied with the card."""
@@ -222,9 +234,49 @@ class Card:
         """Whether the audit found that the attacks miss adversarial images."""
         return any(report.verdict == "unreliable" for report in self.audit)
 
+    def __str__(self) -> str:
+        """A short table."""
+        rows = [("clean error", f"{self.clean_error}{f', {self.dataset}' * bool(self.dataset)}")]
+        for worst in self.worst_case:
+            rows += [
+                (f"error at {worst.norm} {epsilon}", f"{error}, worst case over attacks")
+                for epsilon, error in worst.error.items()
+            ]
+            if worst.median_distance is not None:
+                rows.append((f"median {worst.norm} distance", f"{worst.median_distance:.3g}"))
+        for report in self.audit:
+            failed = ", ".join(report.named("fail"))
+            rows.append((f"audit ({report.norm})", f"{report.verdict}{failed and f': {failed}'}"))
+        rows += [
+            (
+                f"detector ({report.statistic})",
+                f"rejects {report.false_positive_rate} without an attack; evaded on "
+                f"{report.evasive_success}",
+            )
+            for report in self.detection
+        ]
+        width = max(len(label) for label, _ in rows) + 2
+        return "\n".join([self.name, *(f"  {label:<{width}}{text}" for label, text in rows)])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `card.json`, its page `README.md`, and what else was measured with it.
+
+        That is `examples.csv`, image by image, and the figures. A card that was read has
+        neither: copy them.
+        """
+        from tvkeras.evaluation import page  # it needs the card, and Jinja
+
+        target = pathlib.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for file, write in self.files.items():
+            write(target / file)
+        page.write(self, target)
+
     def to_json(self) -> str:
         """The card as JSON text; `from_json` is the inverse."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        content = dataclasses.asdict(dataclasses.replace(self, files={}))
+        del content["files"]
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Card":
@@ -276,44 +328,6 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     elif kind is Any or (kind is str and isinstance(value, str)):
         return value
     raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
-
-
-def attack_report(outcome: Outcome, epsilons: Sequence[float | str]) -> AttackReport:
-    """Sums up one trial; `epsilons` are the card's radii in its norm."""
-    attack = outcome.trial.attack
-    if attack.fixed_epsilon:
-        error = {radius: rate(result.success) for radius, result in outcome.results.items()}
-    else:
-        error = {str(e): rate(suite.broken(outcome.distance, e)) for e in epsilons}
-    queries = np.concatenate([result.queries for result in outcome.results.values()])
-    asked = queries[queries > 0]
-    return AttackReport(
-        name=outcome.trial.name,
-        settings=str(attack),
-        norm=attack.norm,
-        error=error,
-        median_distance=None if attack.fixed_epsilon else _median(outcome.distance),
-        median_queries=float(np.median(asked)) if len(asked) else 0.0,
-    )
-
-
-def worst_case_report(
-    outcomes: Sequence[Outcome], norm: str, epsilons: Sequence[float | str]
-) -> WorstCase:
-    """Sums up all trials in one norm."""
-    distances = suite.worst_case(outcomes, norm)
-    fixed_only = all(o.trial.attack.fixed_epsilon for o in outcomes if o.trial.attack.norm == norm)
-    return WorstCase(
-        norm=norm,
-        clean_error=rate(suite.broken(distances, 0)),
-        error={str(e): rate(suite.broken(distances, e)) for e in epsilons},
-        median_distance=None if fixed_only else _median(distances),
-    )
-
-
-def _median(distances: np.ndarray) -> float | None:
-    middle = float(np.median(distances))
-    return middle if math.isfinite(middle) else None
 
 
 def find(folder: pathlib.Path) -> Card | None:

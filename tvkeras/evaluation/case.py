@@ -1,4 +1,4 @@
-"""What the checks of an audit are given, and what they give."""
+"""What the checks of an audit are given."""
 
 import dataclasses
 import functools
@@ -10,32 +10,10 @@ import keras
 import numpy as np
 
 from tvkeras.attacks import Attack, AttackResult, ProjectedGradient
+from tvkeras.evaluation.card import Check
 from tvkeras.inference import CompiledClassifier
 
 ORDERS = {"l2": 2, "linf": np.inf}
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What one check found.
-
-    Attributes:
-        name: Of the function that made it.
-        status: "pass", "warn" or "fail".
-        figure: What was measured; None where that is no finite number.
-        advice: What it means and what to do where it is no pass; one sentence.
-    """
-
-    name: str
-    status: str
-    figure: float | None
-    advice: str
-
-
-def graded(name: str, figure: float, warn: float, fail: float, advice: str) -> Check:
-    """Warns above `warn`; fails above `fail`, and of what is not a number."""
-    status = "pass" if figure <= warn else "warn" if figure <= fail else "fail"
-    return Check(name, status, float(figure) if math.isfinite(figure) else None, advice)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +61,6 @@ class Case:
         """A compiled `function(logits, *tensors)` of all images: see `CompiledClassifier`."""
         return self.model.over(key, function, images, *arrays, batch_size=self.batch_size)
 
-    def few(self, share: float) -> float:
-        """`share`, or one image of all if that is more."""
-        return max(share, 1 / len(self.labels))
-
     @functools.cached_property
     def logits(self) -> np.ndarray:
         """Of the images, shape `(count, num_classes)`."""
@@ -117,3 +91,33 @@ class Case:
     def only_by_other(self, other: np.ndarray) -> float:
         """Share of images that another attack fools at the decisive epsilon, and PGD not."""
         return float((other & ~self.results[self.decisive].success).mean())
+
+
+Limit = float | Callable[[Case], float]
+
+
+def few(share: float) -> Callable[[Case], float]:
+    """The limit `share`, or one image of all if that is more."""
+    return lambda case: max(share, 1 / len(case.labels))
+
+
+def check(
+    warn: Limit, fail: Limit, advice: str
+) -> Callable[[Callable[..., float]], Callable[..., Check]]:
+    """Makes a check of a function that measures something on a case.
+
+    It warns above `warn`; it fails above `fail`, and of what is not a number.
+    """
+
+    def decorated(measure: Callable[..., float]) -> Callable[..., Check]:
+        @functools.wraps(measure)
+        def graded(case: Case, *others: Any) -> Check:
+            figure = float(measure(case, *others))
+            low, high = (at(case) if callable(at) else at for at in (warn, fail))
+            status = "pass" if figure <= low else "warn" if figure <= high else "fail"
+            finite = figure if math.isfinite(figure) else None
+            return Check(measure.__name__, status, finite, advice)
+
+        return graded
+
+    return decorated

@@ -1,7 +1,9 @@
 """Figures of measurements."""
 
+import contextlib
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -9,7 +11,67 @@ import numpy as np
 
 from tvkeras import checks
 from tvkeras.detection import ROC
+from tvkeras.evaluation import suite
 from tvkeras.evaluation.card import Rate
+from tvkeras.evaluation.detecting import Detected
+from tvkeras.evaluation.suite import Bench, Outcome
+from tvkeras.inputs import as_float
+
+SHOWN_EXAMPLES = 6
+
+
+def of_card(
+    outcomes: Sequence[Outcome],
+    bench: Bench,
+    detected: Sequence[Detected],
+    others: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, tuple[str, Callable[[pathlib.Path], None]]]:
+    """The figures of a card, by file name: the caption, and what draws it into a file.
+
+    Args:
+        outcomes: What the attacks found.
+        bench: The attacked images.
+        detected: What detectors noticed.
+        others: Worst-case distances of models to draw beside this one, by name and norm.
+    """
+    lines = {
+        norm: {
+            "this model": suite.worst_case(outcomes, norm),
+            **{name: distances[norm] for name, distances in others.items() if norm in distances},
+        }
+        for norm in sorted({outcome.trial.attack.norm for outcome in outcomes})
+    }
+    drawn: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {}
+
+    def add(file: str, caption: str, draw: Callable[..., None], *arguments: Any) -> None:
+        drawn[file] = caption, functools.partial(draw, *arguments)
+
+    add(
+        "distances.png",
+        "Error against perturbation size, worst case over attacks",
+        distance_curves,
+        lines,
+    )
+    for found in detected:
+        name, threshold = found.report.statistic, found.report.threshold
+        caption = f"Gradient norms ({name}), clean and attacked"
+        add(f"scores_{name}.png", caption, score_histograms, found.scores, threshold)
+        if found.curves:
+            add(f"roc_{name}.png", f"ROC of the detector ({name})", roc_curves, found.curves)
+    nearest = min(
+        (o for o in outcomes if not o.trial.attack.fixed_epsilon),
+        key=lambda o: (o.trial.attack.norm != "l2", np.median(o.distance)),
+        default=outcomes[-1],
+    )
+    name, result = nearest.farthest
+    shown = np.flatnonzero(result.success & (result.distance > 0))[:SHOWN_EXAMPLES]
+    if len(shown):
+        pair = (as_float(x[shown], bench.model.bounds) for x in (bench.images, result.x_adv))
+        titles = [f"{nearest.trial.attack.norm} {result.distance[i]:.2g}" for i in shown]
+        add(
+            "examples.png", f"Adversarial images found by {name}", adversarial_images, *pair, titles
+        )
+    return drawn
 
 
 def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -19,18 +81,16 @@ def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -
         reports: Results of `evaluation.measure`, by the name to show.
         path: The PNG to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for name, report in reports.items():
-        radii = [0.0, *(checks.epsilon(radius) for radius in report["pgd_error"])]
-        errors = [report["attacked_images_clean_error"], *report["pgd_error"].values()]
-        axes.plot(radii, [100 * error for error in errors], marker="o", label=name)
-        norm = report["norm"]
-    axes.set(xlabel=f"perturbation size ({norm})", ylabel="error under 20-step PGD, %")
-    axes.set_ylim(0, 100)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    with _panels(path, (6.4, 4.0)) as ((axes,),):
+        for name, report in reports.items():
+            radii = [0.0, *(checks.epsilon(radius) for radius in report["pgd_error"])]
+            errors = [report["attacked_images_clean_error"], *report["pgd_error"].values()]
+            axes.plot(radii, [100 * error for error in errors], marker="o", label=name)
+            norm = report["norm"]
+        axes.set(xlabel=f"perturbation size ({norm})", ylabel="error under 20-step PGD, %")
+        axes.set_ylim(0, 100)
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pathlib.Path) -> None:
@@ -41,20 +101,19 @@ def distance_curves(distances: Mapping[str, Mapping[str, np.ndarray]], path: pat
             classifier to show.
         path: The PNG to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(4.8 * len(distances), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(distances), squeeze=False, sharey=True)[0]
-    for axes, (norm, lines) in zip(panels, distances.items(), strict=True):
-        found = np.concatenate([d[np.isfinite(d) & (d > 0)] for d in lines.values()])
-        edge = 1.1 * np.quantile(found, 0.98) if len(found) else 1.0
-        for name, values in lines.items():
-            shares = 100 * np.arange(len(values) + 1) / len(values)
-            steps = np.concatenate([[0.0], np.sort(values)])
-            axes.step(np.minimum(steps, 10 * edge), shares, where="post", label=name)
-        axes.set(xlim=(0, edge), ylim=(0, 100), xlabel=f"perturbation size ({norm})")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    panels[0].set_ylabel("error, worst case over attacks, %")
-    figure.savefig(path, dpi=150)
+    count = len(distances)
+    with _panels(path, (4.8 * count, 3.6), columns=count, sharey=True) as (panels,):
+        for axes, (norm, lines) in zip(panels, distances.items(), strict=True):
+            found = np.concatenate([d[np.isfinite(d) & (d > 0)] for d in lines.values()])
+            edge = 1.1 * np.quantile(found, 0.98) if len(found) else 1.0
+            for name, values in lines.items():
+                shares = 100 * np.arange(len(values) + 1) / len(values)
+                steps = np.concatenate([[0.0], np.sort(values)])
+                axes.step(np.minimum(steps, 10 * edge), shares, where="post", label=name)
+            axes.set(xlim=(0, edge), ylim=(0, 100), xlabel=f"perturbation size ({norm})")
+            axes.grid(alpha=0.3)
+            axes.legend(loc="lower right")
+        panels[0].set_ylabel("error, worst case over attacks, %")
 
 
 def score_histograms(
@@ -67,36 +126,34 @@ def score_histograms(
         threshold: Of the detector: what lies to its right is rejected.
         path: The PNG to write.
     """
-    height = 0.9 + 0.45 * len(scores)
-    figure = matplotlib.figure.Figure(figsize=(6.4, height), layout="constrained")
-    rows = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
     positive = np.concatenate([*scores.values(), [threshold]])
     positive = positive[positive > 0]
     high = 1.2 * positive.max()
     edges = np.geomspace(max(positive.min(), high * 1e-4), high, 60)
-    for number, (axes, (name, values)) in enumerate(zip(rows, scores.items(), strict=True)):
-        shown = np.maximum(values, edges[0])  # the first bin holds what is smaller, zeros too
-        axes.hist(shown, edges.tolist(), color="C0" if number == 0 else "C1")
-        axes.axvline(threshold, color="black", linestyle=":")
-        axes.set(xscale="log", xlim=(edges[0], edges[-1]), yticks=[])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        axes.spines[["top", "left", "right"]].set_visible(False)
-    rows[-1].set_xlabel("gradient norm; dotted: threshold")
-    figure.savefig(path, dpi=150)
+    size = (6.4, 0.9 + 0.45 * len(scores))
+    with _panels(path, size, rows=len(scores), sharex=True) as panels:
+        for number, ((axes,), (name, values)) in enumerate(
+            zip(panels, scores.items(), strict=True)
+        ):
+            shown = np.maximum(values, edges[0])  # the first bin holds what is smaller, zeros too
+            axes.hist(shown, edges.tolist(), color="C0" if number == 0 else "C1")
+            axes.axvline(threshold, color="black", linestyle=":")
+            axes.set(xscale="log", xlim=(edges[0], edges[-1]), yticks=[])
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+            axes.spines[["top", "left", "right"]].set_visible(False)
+        panels[-1, 0].set_xlabel("gradient norm; dotted: threshold")
 
 
 def roc_curves(curves: Mapping[str, ROC], path: pathlib.Path) -> None:
     """Draws what the detector notices of each attack against what it rejects of clean images."""
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        rates = 100 * curve.false_positive_rate, 100 * curve.true_positive_rate
-        axes.plot(*rates, drawstyle="steps-post", label=name)
-    axes.set(xlim=(0, 30), ylim=(0, 101), xlabel="clean images rejected, %")
-    axes.set_ylabel("adversarial images rejected, %")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    with _panels(path, (6.4, 4.0)) as ((axes,),):
+        for name, curve in curves.items():
+            rates = 100 * curve.false_positive_rate, 100 * curve.true_positive_rate
+            axes.plot(*rates, drawstyle="steps-post", label=name)
+        axes.set(xlim=(0, 30), ylim=(0, 101), xlabel="clean images rejected, %")
+        axes.set_ylabel("adversarial images rejected, %")
+        axes.grid(alpha=0.3)
+        axes.figure.legend(loc="outside right upper")
 
 
 def over_regularisation(
@@ -109,18 +166,17 @@ def over_regularisation(
         errors: One for each run, by the name to show.
         path: The PNG to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, rates) in enumerate(errors.items()):
-        values = 100 * np.array([rate.value for rate in rates])
-        ends = 100 * np.array([[rate.low, rate.high] for rate in rates]).T
-        places = np.arange(len(rates)) + 0.03 * (number - len(errors) / 2)  # intervals side by side
-        axes.errorbar(places, values, abs(ends - values), marker="o", capsize=2, label=name)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set(ylim=(0, 100), xlabel="weight of total variation / Lipschitz term", ylabel="error, %")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    with _panels(path, (7.2, 4.0)) as ((axes,),):
+        for number, (name, rates) in enumerate(errors.items()):
+            values = 100 * np.array([rate.value for rate in rates])
+            ends = 100 * np.array([[rate.low, rate.high] for rate in rates]).T
+            places = np.arange(len(rates)) + 0.03 * (number - len(errors) / 2)  # side by side
+            axes.errorbar(places, values, abs(ends - values), marker="o", capsize=2, label=name)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set(ylim=(0, 100), xlabel="weight of total variation / Lipschitz term")
+        axes.set_ylabel("error, %")
+        axes.grid(alpha=0.3)
+        axes.figure.legend(loc="outside right upper")
 
 
 def adversarial_images(
@@ -135,17 +191,27 @@ def adversarial_images(
         path: The PNG to write.
     """
     count = len(images)
-    figure = matplotlib.figure.Figure(figsize=(1.4 * count, 4.4), layout="constrained")
-    panels = figure.subplots(3, count, squeeze=False)
-    for column, (image, adversarial, title) in enumerate(zip(images, x_adv, titles, strict=True)):
-        perturbation = adversarial - image
-        scale = 0.5 / max(float(np.abs(perturbation).max()), 1e-12)
-        shown = (image, adversarial, 0.5 + scale * perturbation)
-        for row, picture in enumerate(shown):
-            panels[row, column].imshow(picture.squeeze(), vmin=0, vmax=1, cmap="gray")
-            panels[row, column].set(xticks=[], yticks=[])
-        panels[0, column].set_title(title, fontsize=8)
-        panels[2, column].set_xlabel(f"x {scale:.3g}", fontsize=8)
-    for row, name in enumerate(("clean", "adversarial", "difference")):
-        panels[row, 0].set_ylabel(name)
+    with _panels(path, (1.4 * count, 4.4), rows=3, columns=count) as panels:
+        for column, (image, adversarial, title) in enumerate(
+            zip(images, x_adv, titles, strict=True)
+        ):
+            perturbation = adversarial - image
+            scale = 0.5 / max(float(np.abs(perturbation).max()), 1e-12)
+            shown = (image, adversarial, 0.5 + scale * perturbation)
+            for axes, picture in zip(panels[:, column], shown, strict=True):
+                axes.imshow(picture.squeeze(), vmin=0, vmax=1, cmap="gray")
+                axes.set(xticks=[], yticks=[])
+            panels[0, column].set_title(title, fontsize=8)
+            panels[2, column].set_xlabel(f"x {scale:.3g}", fontsize=8)
+        for axes, name in zip(panels[:, 0], ("clean", "adversarial", "difference"), strict=True):
+            axes.set_ylabel(name)
+
+
+@contextlib.contextmanager
+def _panels(
+    path: pathlib.Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **shared: Any
+) -> Iterator[Any]:
+    """Axes, shape `(rows, columns)`, to draw on; what was drawn is written."""
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    yield figure.subplots(rows, columns, squeeze=False, **shared)
     figure.savefig(path, dpi=150)

@@ -7,8 +7,9 @@ import numpy as np
 from keras import ops
 
 from tvkeras.attacks.apgd import CLASSES
-from tvkeras.attacks.base import class_logits
-from tvkeras.evaluation.case import ORDERS, Case, Check, graded
+from tvkeras.attacks.parts import class_logits
+from tvkeras.evaluation.card import Check
+from tvkeras.evaluation.case import ORDERS, Case, check, few
 from tvkeras.inference import Logits, example_losses, input_gradient
 
 Tensor = Any
@@ -29,52 +30,52 @@ LOST_BY_ROUNDING = 0.1  # of the successes; never a failure: the attack is not a
 # ---- The model, before any attack --------------------------------------------------------
 
 
-def images_in_bounds(case: Case) -> Check:
+@check(0, 0, "Divide 0-255 images by 255.")
+def images_in_bounds(case: Case) -> float:
     """Share of pixels outside [0, 1], or not finite."""
-    return graded("images_in_bounds", _outside(case.images), 0, 0, "Divide 0-255 images by 255.")
+    return _outside(case.images)
 
 
-def epsilon_in_pixel_units(case: Case) -> Check:
+@check(
+    0.5, 1 + ROUNDING, "An epsilon that spans all images is no threat model: write 8/255, not 8."
+)
+def epsilon_in_pixel_units(case: Case) -> float:
     """The largest epsilon over the length of an image of ones, the farthest of all."""
-    length = float(np.linalg.norm(np.ones(case.images[0].size), ORDERS[case.attack.norm]))
-    advice = "An epsilon that spans all images is no threat model: write 8/255, not 8."
-    return graded("epsilon_in_pixel_units", case.epsilons[-1] / length, 0.5, 1 + ROUNDING, advice)
+    length = np.linalg.norm(np.ones(case.images[0].size), ORDERS[case.attack.norm])
+    return case.epsilons[-1] / float(length)
 
 
-def repeatable(case: Case) -> Check:
+@check(
+    0, UNSTABLE, "Two passes must agree: remove randomness from inference, or attack its average."
+)
+def repeatable(case: Case) -> float:
     """Largest difference of the logits of two passes, over the largest logit."""
     first, again = case.logits, case.predict(case.images)
     with np.errstate(invalid="ignore"):  # no number from infinite logits, which fails
-        figure = abs(again - first).max() / max(abs(first).max(), 1e-30)
-    advice = "Two passes must agree: remove randomness from inference, or attack its average."
-    return graded("repeatable", figure, 0, UNSTABLE, advice)
+        return abs(again - first).max() / max(abs(first).max(), 1e-30)
 
 
-def state_unchanged(case: Case) -> Check:
+@check(0, 0, "A layer is in training mode during inference: pass its training argument on.")
+def state_unchanged(case: Case) -> float:
     """How many non-trainable variables a pass changes."""
     variables = case.model.classifier.non_trainable_variables
     before = [ops.convert_to_numpy(variable.value) for variable in variables]
     case.predict(case.images)
-    changed = sum(
-        not np.array_equal(old, ops.convert_to_numpy(new.value))
-        for old, new in zip(before, variables, strict=True)
-    )
-    advice = "A layer is in training mode during inference: pass its training argument on."
-    return graded("state_unchanged", changed, 0, 0, advice)
+    after = [ops.convert_to_numpy(variable.value) for variable in variables]
+    return sum(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-def finite_logits(case: Case) -> Check:
+@check(0, 0, "Find the layer that overflows.")
+def finite_logits(case: Case) -> float:
     """Share of logits that are not finite."""
-    figure = 1 - np.isfinite(case.logits).mean()
-    return graded("finite_logits", figure, 0, 0, "Find the layer that overflows.")
+    return 1 - np.isfinite(case.logits).mean()
 
 
-def not_probabilities(case: Case) -> Check:
+@check(0, 0.5, "Drop the final softmax: attacks on logits apply it, and twice flattens the loss.")
+def not_probabilities(case: Case) -> float:
     """Share of rows that are non-negative and sum to 1."""
     sums = abs(case.logits.sum(axis=1) - 1) <= ROUNDING
-    advice = "Drop the final softmax: attacks on logits apply it, and twice flattens the loss."
-    figure = ((case.logits >= 0).all(axis=1) & sums).mean()
-    return graded("not_probabilities", figure, 0, 0.5, advice)
+    return ((case.logits >= 0).all(axis=1) & sums).mean()
 
 
 def enough_classes(case: Case) -> Check:
@@ -87,7 +88,8 @@ def enough_classes(case: Case) -> Check:
     return Check("enough_classes", status, float(count), advice)
 
 
-def zero_gradients(case: Case) -> Check:
+@check(0, few(ZERO_GRADIENTS), "Gradients cannot move these images: attack the margin.")
+def zero_gradients(case: Case) -> float:
     """Share of images where the cross-entropy's gradient is exactly zero."""
 
     def moving(logits: Logits, images: Tensor, labels: Tensor) -> tuple[Tensor]:
@@ -95,11 +97,11 @@ def zero_gradients(case: Case) -> Check:
         return (ops.any(ops.not_equal(gradient, 0), axis=(1, 2, 3)),)
 
     (moved,) = case.by_batch("zero_gradients", moving, case.images, case.labels)
-    advice = "Gradient attacks cannot move these images: attack the margin, or a smooth surrogate."
-    return graded("zero_gradients", (~moved).mean(), 0, case.few(ZERO_GRADIENTS), advice)
+    return (~moved).mean()
 
 
-def gradient_is_the_slope(case: Case) -> Check:
+@check(*DIFFERENCES, "The gradient is not the function's: look for rounding or a custom gradient.")
+def gradient_is_the_slope(case: Case) -> float:
     """Relative error of the margin's gradient against central differences.
 
     ||<g_i, v> - (m_i(x + h v) - m_i(x - h v)) / 2 h|| over the larger side's length, in
@@ -129,22 +131,20 @@ def gradient_is_the_slope(case: Case) -> Check:
         pairs.append(case.by_batch("slopes", slopes, inside, case.labels, rivals, v))
     analytic, quotient = np.concatenate(pairs, axis=1)
     error, *sides = (float(np.linalg.norm(v)) for v in (analytic - quotient, analytic, quotient))
-    figure = error / max(*sides, 1e-30)
-    advice = "The gradient is not the function's: look for rounding or a custom gradient."
-    return graded("gradient_is_the_slope", figure, *DIFFERENCES, advice)
+    return error / max(*sides, 1e-30)
 
 
 # ---- PGD and what it reports -------------------------------------------------------------
 
 
-def clean_at_epsilon_zero(case: Case) -> Check:
+@check(0, 0, "At epsilon 0 the robust accuracy must be the clean one: the attack is at fault.")
+def clean_at_epsilon_zero(case: Case) -> float:
     """Share of images where PGD at epsilon = 0 says other than the classifier alone."""
-    differs = case.fooled(case.attack, 0.0) != case.wrong_before
-    advice = "At epsilon 0 the robust accuracy must be the clean one: the attack is at fault."
-    return graded("clean_at_epsilon_zero", differs.mean(), 0, 0, advice)
+    return (case.fooled(case.attack, 0.0) != case.wrong_before).mean()
 
 
-def within_epsilon(case: Case) -> Check:
+@check(1 + ROUNDING, 1 + ROUNDING, "A perturbation leaves the ball: the projection is at fault.")
+def within_epsilon(case: Case) -> float:
     """Largest measured norm of a perturbation over its epsilon."""
     order = ORDERS[case.attack.norm]
     sizes = [
@@ -152,21 +152,19 @@ def within_epsilon(case: Case) -> Check:
         / epsilon
         for epsilon, result in case.results.items()
     ]
-    advice = "A perturbation leaves the ball: the attack's projection is at fault."
-    return graded("within_epsilon", np.max(sizes), 1 + ROUNDING, 1 + ROUNDING, advice)
+    return np.max(sizes)
 
 
-def attacked_in_bounds(case: Case) -> Check:
+@check(0, 0, "Adversarial images must be clipped.")
+def attacked_in_bounds(case: Case) -> float:
     """Share of adversarial pixels outside [0, 1], at the worst epsilon."""
-    figure = max(_outside(result.x_adv) for result in case.results.values())
-    return graded("attacked_in_bounds", figure, 0, 0, "Adversarial images must be clipped.")
+    return max(_outside(result.x_adv) for result in case.results.values())
 
 
-def confirmed(case: Case) -> Check:
+@check(0, few(POINT), "Count only what the classifier itself misclassifies.")
+def confirmed(case: Case) -> float:
     """Share of results that the classifier, asked again, contradicts, at the worst epsilon."""
-    figure = max((case.wrong(r.x_adv) != r.success).mean() for r in case.results.values())
-    advice = "Count only what the classifier itself misclassifies."
-    return graded("confirmed", figure, 0, case.few(POINT), advice)
+    return max((case.wrong(r.x_adv) != r.success).mean() for r in case.results.values())
 
 
 def reaches_the_edge(case: Case) -> Check:
@@ -177,24 +175,23 @@ def reaches_the_edge(case: Case) -> Check:
     return Check("reaches_the_edge", status, float(reach), advice)
 
 
-def steps_suffice(case: Case) -> Check:
+@check(few(POINT), few(UNCONVERGED), "The attack has not converged: take more steps.")
+def steps_suffice(case: Case) -> float:
     """Change of robust accuracy when PGD takes twice the steps, at the decisive epsilon."""
     longer = dataclasses.replace(case.attack, steps=2 * case.attack.steps)
     fooled = case.fooled(longer, case.decisive).mean()
-    figure = abs(fooled - case.results[case.decisive].success.mean())
-    advice = "The attack has not converged: take more steps until nothing changes."
-    return graded("steps_suffice", figure, case.few(POINT), case.few(UNCONVERGED), advice)
+    return abs(fooled - case.results[case.decisive].success.mean())
 
 
-def survives_rounding(case: Case) -> Check:
+@check(LOST_BY_ROUNDING, 1, "Save adversarial images as floats: 8 bits undo these perturbations.")
+def survives_rounding(case: Case) -> float:
     """Share of successes that 8-bit images lose, at the worst epsilon."""
     lost = []
     for result in case.results.values():
         fooled = result.success & ~case.wrong_before
         stand = ~case.wrong((np.rint(result.x_adv * 255) / 255).astype("float32"))
         lost.append((fooled & stand).sum() / max(fooled.sum(), 1))
-    advice = "Save adversarial images as floats: 8 bits undo so many of these perturbations."
-    return graded("survives_rounding", max(lost), LOST_BY_ROUNDING, 1, advice)
+    return max(lost)
 
 
 def _outside(images: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ import keras
 import numpy as np
 
 from tvkeras import checks
-from tvkeras.attacks import Attack, AttackResult
+from tvkeras.attacks import AttackResult, AutoAttackResult
+from tvkeras.evaluation.trials import Trial
 from tvkeras.inference import CompiledClassifier
 
 # A distance is measured in float32: it counts as within epsilon up to this.
@@ -20,38 +20,24 @@ ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One attack of a suite.
+class Bench:
+    """A classifier, test images in its bounds, and the arguments of attacks on it.
 
     Attributes:
-        name: Short, the same in tables, cards and figures.
-        attack: The attack.
-        epsilons: Radii for an attack that takes one: numbers, or text such as "8/255".
-        images: How many of the first images it attacks; all if there are fewer.
-        supplementary: Whether the worst case is over the images of the other trials, and
-            this one counts where it attacked them: for a slow attack on a few.
-
-    Raises:
-        ValueError: For an illegal argument.
+        model: The classifier.
+        images: uint8, or floats in the classifier's bounds.
+        labels: True classes, int64 `(count,)`.
+        how: `batch_size`, `seed`, `progress` and `resume_dir`.
     """
 
-    name: str
-    attack: Attack
-    epsilons: tuple[float | str, ...] = ()
-    images: int = 1000
-    supplementary: bool = False
+    model: CompiledClassifier
+    images: np.ndarray
+    labels: np.ndarray
+    how: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        checks.whole_number("images", self.images, minimum=1)
-        for epsilon in checks.sequence("epsilons", self.epsilons):
-            checks.epsilon(epsilon, "epsilons")
-        if bool(self.epsilons) != self.attack.fixed_epsilon:
-            needed = "be given for" if self.attack.fixed_epsilon else "be empty for"
-            raise ValueError(
-                f"epsilons of trial {self.name!r} must {needed} {type(self.attack).__name__}, "
-                f"got epsilons={self.epsilons!r}."
-            )
+    def first(self, count: int) -> "Bench":
+        """The bench of the first images."""
+        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +56,23 @@ class Outcome:
     def distance(self) -> np.ndarray:
         """Smallest perturbation found for each example, over the radii; inf where none."""
         return np.min([result.distance for result in self.results.values()], axis=0)
+
+    @property
+    def version(self) -> str:
+        """What differs from AutoAttack where it had to do without a member; "" else."""
+        found = {r.version for r in self.results.values() if isinstance(r, AutoAttackResult)}
+        return "".join(version for version in found if version.startswith("custom"))
+
+    @property
+    def name(self) -> str:
+        """The trial's, or that of a custom suite, which is not AutoAttack."""
+        return f"custom suite {self.trial.attack.norm}" if self.version else self.trial.name
+
+    @property
+    def farthest(self) -> tuple[str, AttackResult]:
+        """Name and result, at the largest radius if it has any."""
+        radius = max(self.results, key=lambda text: checks.epsilon(text or 0))
+        return f"{self.name}, ε = {radius}" if radius else self.name, self.results[radius]
 
 
 def run(
@@ -90,7 +93,7 @@ def run(
         images: Floats in the classifier's bounds, by default [0, 1], or uint8; shape
             `(count, height, width, channels)`.
         labels: True classes, shape `(count,)`.
-        trials: The attacks; their names must differ.
+        trials: The attacks, with their radii; their names differ (`trials.chosen`).
         batch_size: Images in a batch.
         seed: Of the attacks.
         progress: Whether to say what runs, with progress bars.
@@ -98,11 +101,8 @@ def run(
             from there.
 
     Raises:
-        ValueError: If two trials have the same name, and as attacks do.
+        ValueError: As attacks do.
     """
-    names = [trial.name for trial in trials]
-    if len(set(names)) < len(names):
-        raise ValueError(f"trials must have different names, got {names}.")
     model = CompiledClassifier.of(classifier)
     images = model.images(images)
     labels = model.labels(labels, images)
@@ -150,8 +150,10 @@ def broken(distances: np.ndarray, epsilon: float | str) -> np.ndarray:
     return distances <= checks.epsilon(epsilon) * (1 + ROUNDING)
 
 
-def as_csv(labels: np.ndarray, predicted: np.ndarray, outcomes: Sequence[Outcome]) -> bytes:
-    """The table of examples: label, prediction, and each trial's distance and queries.
+def write_csv(
+    labels: np.ndarray, predicted: np.ndarray, outcomes: Sequence[Outcome], path: pathlib.Path
+) -> None:
+    """Writes the table of examples: label, prediction, and each trial's distance and queries.
 
     Distances are in the trial's norm; empty where the trial did not attack the image.
     "worst l2" is the smallest of all in l2, over the images that all of them attacked.
@@ -163,20 +165,19 @@ def as_csv(labels: np.ndarray, predicted: np.ndarray, outcomes: Sequence[Outcome
     }
     for outcome in outcomes:
         for radius, result in outcome.results.items():
-            name = f"{outcome.trial.name}@{radius}".rstrip("@")
+            name = f"{outcome.name}@{radius}".rstrip("@")
             columns[f"{name} distance"] = _column(result.distance, len(labels))
             columns[f"{name} queries"] = _column(result.queries, len(labels))
     for norm in sorted({outcome.trial.attack.norm for outcome in outcomes}):
         columns[f"worst {norm}"] = _column(worst_case(outcomes, norm), len(labels))
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue().encode()
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def read_worst_cases(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The worst case of each norm from a table that `as_csv` wrote."""
+    """The worst case of each norm from a table that `write_csv` wrote."""
     with open(path) as file:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name.startswith("worst ")]

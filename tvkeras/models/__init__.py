@@ -20,7 +20,6 @@ BUILDERS: dict[str, Callable[..., keras.Model]] = {
     "resnet50": resnet50,
     "resnet9": resnet9,
     "resnext10": functools.partial(resnext, depth=10),
-    "resnext16": functools.partial(resnext, depth=16),
     "resnext34": resnext,
     "small_cnn": small_cnn,
 }

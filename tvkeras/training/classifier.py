@@ -1,42 +1,40 @@
 """`RobustClassifier`: trains a plain Keras classifier under a defence."""
 
-import itertools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from tvkeras import backends, checks, contract, inputs
 from tvkeras.defenses import Defense, TrainingBatch, Update
 from tvkeras.inputs import Bounds
+from tvkeras.training import gate, resuming
 from tvkeras.training.averaging import Lookahead
-from tvkeras.training.losses import SmoothedCrossentropy
 from tvkeras.training.watch import Guard, Watch, named_errors
 
 Tensor = Any
 
-CHECKED_IMAGES = 64  # that the classifier is asked about before it trains
+_trainer = importlib.import_module(f"tvkeras.training.{keras.backend.backend()}")
 
 
 @keras.saving.register_keras_serializable("tvkeras")
 class RobustClassifier(contract.Wrapper, keras.Model):
     """Wraps a classifier so that `fit` minimises a defence's objective.
 
-    The wrapped `classifier` stays a plain Keras model: save it, serve it, load it
-    without tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided
-    by 255 on the way in; normalisation belongs inside the classifier, so that every
-    radius is in pixel units. A classifier with its rescaling inside, as those of
-    `keras.applications`, has bounds=(0, 255) and is given images in them; radii, steps
-    and penalties are in units of [0, 1] all the same.
+    The wrapped `classifier` stays a plain Keras model: save it, serve it, load it without
+    tvkeras. Images come as float32 in [0, 1], or as uint8, which is divided by 255 on the way
+    in; normalisation belongs inside the classifier, so that every radius is in pixel units.
+    One with its rescaling inside, as those of `keras.applications`, has bounds=(0, 255) and is
+    given images in them; radii, steps and penalties are in units of [0, 1] all the same.
 
     Args:
         classifier: Maps images `(batch, height, width, channels)` to logits
             `(batch, num_classes)`.
         defense: What training minimises, such as `tvkeras.TVLipschitz()`.
-        augmentation: Called as `augmentation(images, seed)` inside the compiled
-            training step, such as `tvkeras.data.Augmentation()`; None for none.
+        augmentation: Called as `augmentation(images, seed)` inside the compiled step,
+            such as `tvkeras.data.Augmentation()`; None for none.
         seed: Seed of the augmentation's and the defence's random numbers.
         averaging: An average of the weights that training goes on from, such as
             `tvkeras.training.averaging.Lookahead(steps=...)`; None for none.
@@ -45,9 +43,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
-        ValueError: If the classifier is unbuilt, takes integers, is made for images in
-            other bounds or ends in a softmax, the augmentation cannot be called, or the
-            defence's step is too small for the classifier's precision.
+        ValueError: If the classifier is unbuilt, takes integers or images in other bounds, or
+            ends in a softmax; or the defence's step is too small for its precision.
 
     Example:
     ```python
@@ -110,24 +107,14 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             loss: A `keras.losses.Loss` of logits; by default
                 `SparseCategoricalCrossentropy(from_logits=True)`.
             metrics: As in Keras.
-            **kwargs: As in Keras: `jit_compile`, `steps_per_execution`, ...
+            **kwargs: As in Keras.
 
         Raises:
             ValueError: If `loss` is no loss of logits.
         """
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        if not isinstance(loss, keras.losses.Loss) or not loss.get_config().get("from_logits", 1):
-            raise ValueError(
-                "loss must be a keras.losses.Loss built with from_logits=True, "
-                f"got loss={loss!r}. The classifier's outputs are logits."
-            )
-        if loss.reduction != "sum_over_batch_size" or kwargs.get("loss_weights") is not None:
-            raise ValueError(
-                "loss must have reduction='sum_over_batch_size' and no loss_weights, got "
-                f"reduction={loss.reduction!r}, loss_weights={kwargs.get('loss_weights')!r}. "
-                "Weigh examples with sample_weight."
-            )
+        gate.check_loss(loss, kwargs.get("loss_weights"))
         optimizer = keras.optimizers.get(optimizer)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if "float16" in _compute_dtypes(self.classifier) and not scaled:
@@ -149,8 +136,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         stop training within the epoch. So does a total variation that is exactly zero in
         the first steps, where no gradient reaches the images.
 
-        Before each epoch it calls `x.begin_epoch(epoch, first_batch)` where there is
-        one, as `tvkeras.data.Batches` has.
+        Before each epoch it calls `x.begin_epoch(epoch, first_batch)`, if `x` has that.
 
         Args:
             x: As in Keras.
@@ -160,48 +146,33 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             **kwargs: As in Keras.
 
         Raises:
-            ValueError: If images are not finite floats in the bounds (or uint8), or not
-                of the classifier's shape; labels are no classes, or not what the loss
-                wants; the classifier's outputs are probabilities; no gradient reaches the
-                images; or if `initial_step` is no such number.
+            ValueError: If images are not finite floats in the bounds (or uint8) of the
+                classifier's shape; labels are not what the loss wants; the outputs are
+                probabilities; no gradient reaches the images; or for such an `initial_step`.
         """
-        partial = initial_step % self.steps_per_execution or not hasattr(x, "begin_epoch")
-        if initial_step and partial:
-            raise ValueError(
-                "initial_step must be a multiple of steps_per_execution="
-                f"{self.steps_per_execution}, with an x that has begin_epoch (such as "
-                f"tvkeras.data.Batches), got initial_step={initial_step}, x={x!r}."
-            )
-        if initial_step and len(x) % self.steps_per_execution:
-            raise ValueError(
-                f"steps_per_execution must divide the {len(x)} steps of an epoch to go on inside "
-                f"one, got steps_per_execution={self.steps_per_execution}: the last call of an "
-                "epoch would do more steps than are left."
-            )
-        mirroring = getattr(self.augmentation, "flip", None) == "alternating"
-        if mirroring and getattr(x, "augmentation", None) != self.augmentation:
-            raise ValueError(
-                "augmentation with flip='alternating' needs an x that mirrors the images, "
-                "tvkeras.data.Batches(examples, batch_size, seed, augmentation=augmentation), got "
-                f"x={x!r:.80}. Use flip=True for other data."
-            )
+        resuming.check(self, x, initial_step)
+        gate.check_mirroring(self.augmentation, x)
         if self.averages and not int(ops.convert_to_numpy(self.optimizer.iterations)):
-            for average, v in zip(self.averages, _floating(self.classifier), strict=False):
+            for average, v in zip(self.averages, _floating(self.classifier), strict=True):
                 average.assign(ops.convert_to_numpy(v))  # which may have been loaded since
-        x, y = self._admitted(x, y, "x", "y")
-        first, x = _first_batch(x, y)
+        x, y = gate.admitted(self, self.loss, x, y)
+        first, x = gate.first_batch(x, y)
         if first is not None:
-            self._check_batch(*first)
+            images, labels = first
+            images, _ = gate.admitted(self, self.loss, images, labels, ("images", "labels"))
+            if contract.are_probabilities(ops.convert_to_numpy(self(images, training=False))):
+                raise contract.probabilities_error()
             if initial_step:  # the metrics' sums so far need variables to be assigned to
-                self.compute_metrics(first[0], first[1], self(first[0]), None)
+                self.compute_metrics(images, labels, self(images), None)
         validation = kwargs.get("validation_data")
         if isinstance(validation, tuple | list) and len(validation) > 1:
             x_val, y_val, *weights = validation
             names = "validation_data[0]", "validation_data[1]"
-            kwargs["validation_data"] = (*self._admitted(x_val, y_val, *names), *weights)
+            checked = gate.admitted(self, self.loss, x_val, y_val, names)
+            kwargs["validation_data"] = (*checked, *weights)
         own: list[keras.callbacks.Callback] = [Guard()]
         if hasattr(x, "begin_epoch"):
-            own.append(_EpochStarter(x, initial_step))
+            own.append(resuming.EpochStarter(x, initial_step))
         kwargs["callbacks"] = [*own, *keras.tree.flatten(kwargs.get("callbacks") or [])]
         with named_errors():
             return super().fit(x, y, **kwargs)
@@ -209,17 +180,12 @@ class RobustClassifier(contract.Wrapper, keras.Model):
     def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Loss and metrics as `keras.Model.evaluate`, of images and labels that are checked.
 
-        Args:
-            x: As in Keras.
-            y: As in Keras.
-            **kwargs: As in Keras.
-
         Raises:
             ValueError: As `fit`, of images and labels.
         """
         callbacks = kwargs.get("callbacks")
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # else `fit` asks
-            x, y = self._admitted(x, y, "x", "y")
+            x, y = gate.admitted(self, self.loss, x, y)
             kwargs["callbacks"] = [Guard(), *keras.tree.flatten(callbacks or [])]
         with named_errors():
             return super().evaluate(x, y, **kwargs)
@@ -232,8 +198,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def train_step(self, *arguments: Any) -> Any:
-        """One optimizer step, in the form that the backend's trainer calls."""
-        return backends.train_step(self, *arguments)
+        """One optimizer step, as the backend's trainer calls it."""
+        return _trainer.train_step(self, *arguments)
 
     def test_step(self, *arguments: Any) -> Any:
         """Keras's own, without the penalties, which only training measures."""
@@ -262,15 +228,14 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         Returns:
             The update and the new values of `non_trainable_variables`.
         """
-        values = {
-            id(variable): value
-            for variable, value in zip(self.non_trainable_variables, non_trainable, strict=True)
-        }
         buffers = self.classifier.non_trainable_variables
-        state = [values[id(variable)] for variable in buffers]
         images = self._as_images(images)
+        if sample_weight is not None:
+            sample_weight = ops.cast(ops.reshape(sample_weight, (-1,)), images.dtype)
         loss_scale, strength = self.optimizer.scale_loss(1.0), self._strength(images.dtype)
         step = ops.convert_to_tensor(self.optimizer.iterations)
+        scope = keras.StatelessScope(zip(self.non_trainable_variables, non_trainable, strict=True))
+        state = [scope.get_current_value(variable) for variable in buffers]
 
         def call(trainable: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Any, Tensor]:
             native = self.bounds.native(images)
@@ -279,7 +244,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             )
             return logits, new_state, sum(losses) if losses else 0.0
 
-        with keras.StatelessScope([(self.random.state, values[id(self.random.state)])]) as scope:
+        with scope:
             if self.augmentation is not None:
                 images = self.augmentation(images, self.random)
             batch = TrainingBatch(
@@ -288,7 +253,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 trainable=trainable,
                 images=images,
                 labels=_flat_labels(labels),
-                sample_weight=_as_weight(sample_weight, images),
+                sample_weight=sample_weight,
                 loss_scale=loss_scale,
                 stochastic=any("seed_generator_state" in variable.path for variable in buffers),
                 seed=self.random,
@@ -296,34 +261,21 @@ class RobustClassifier(contract.Wrapper, keras.Model):
                 step=step,
             )
             update = self.defense.update(batch)
-            values[id(self.random.state)] = scope.get_current_value(self.random.state)
-        values.update({id(v): value for v, value in zip(buffers, update.state, strict=True)})
-        return update, [values[id(variable)] for variable in self.non_trainable_variables]
+        for variable, value in zip(buffers, update.state, strict=True):
+            scope.add_update((variable, value))
+        return update, [scope.get_current_value(v) for v in self.non_trainable_variables]
 
-    def average_weights(
-        self, step: Tensor, trainable: Sequence[Tensor], non_trainable: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Values of the variables after `averaging`, assigning none.
-
-        Args:
-            step: Steps that are done, a scalar.
-            trainable: Values of `trainable_variables` after the step.
-            non_trainable: Values of `non_trainable_variables` after the step.
-        """
+    def average_weights(self) -> None:
+        """After a step, moves the averages and sets the weights to them, if there are any."""
         if self.averaging is None:
-            return list(trainable), list(non_trainable)
-        groups = (self.trainable_variables, self.non_trainable_variables)
-        values = {
-            id(variable): value
-            for variables, group in zip(groups, (trainable, non_trainable), strict=True)
-            for variable, value in zip(variables, group, strict=True)
-        }
-        averaged = (_floating(self.classifier), self.averages)
-        fast, slow = ([values[id(variable)] for variable in group] for group in averaged)
-        for variables, new in zip(averaged, self.averaging(step, fast, slow), strict=True):
-            values.update({id(v): value for v, value in zip(variables, new, strict=True)})
-        one, other = ([values[id(variable)] for variable in group] for group in groups)
-        return one, other
+            return
+        step = ops.convert_to_tensor(self.optimizer.iterations)
+        variables = (_floating(self.classifier), self.averages)
+        weights, averages = ([ops.convert_to_tensor(v) for v in group] for group in variables)
+        averaged = self.averaging(step, weights, averages)
+        for group, values in zip(variables, averaged, strict=True):
+            for variable, value in zip(group, values, strict=True):
+                variable.assign(value)
 
     def compute_logs(
         self, update: Update, images: Tensor, labels: Tensor, sample_weight: Tensor | None
@@ -357,12 +309,9 @@ class RobustClassifier(contract.Wrapper, keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RobustClassifier":
         """The inverse of `get_config`."""
-        parts = ("classifier", "defense", "augmentation", "averaging")
-        restored = {
-            name: config[name] and keras.saving.deserialize_keras_object(config[name])
-            for name in parts
-        }
-        return cls(**{**config, **restored})
+        parts = {name: config[name] for name in ("classifier", "defense")}
+        parts |= {name: config[name] for name in ("augmentation", "averaging") if config[name]}
+        return cls(**{**config, **keras.saving.deserialize_keras_object(parts)})
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as the saved one was."""
@@ -382,54 +331,6 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         images = ops.cast(images, self.variable_dtype)
         return images / 255 if dtype == "uint8" else self.bounds.unit(images)
 
-    def _admitted(self, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Any, Any]:
-        """Images and labels as arrays, if they pass the gate; a data set as it is."""
-        is_array = hasattr(x, "__array__") or isinstance(x, list | tuple)
-        if y is None and x is not None and not is_array:
-            return x, y
-        shape = contract.image_shape(self.classifier)
-        images = inputs.images(x, bounds=self.bounds, shape=shape, argument=x_name)
-        if y is None:
-            raise ValueError(f"{y_name} must hold the labels of the images in {x_name}, got None.")
-        check = inputs.soft_labels if _wants_rows(self.loss, y) else inputs.labels
-        num_classes = contract.num_classes(self.classifier, images.shape[1:])
-        return images, check(y, len(images), num_classes, y_name)
-
-    def _check_batch(self, images: Any, labels: Any) -> None:
-        """Checks a first batch, and what the classifier says of it."""
-        images, _ = self._admitted(np.asarray(images), np.asarray(labels), "images", "labels")
-        outputs = ops.convert_to_numpy(self(images, training=False))
-        if contract.are_probabilities(outputs):
-            raise contract.probabilities_error()
-
-
-class _EpochStarter(keras.callbacks.Callback):
-    """Tells the data which epoch begins, and passes over the steps of it that are done."""
-
-    def __init__(self, batches: Any, initial_step: int) -> None:
-        super().__init__()
-        self._batches = batches
-        self._done = initial_step
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Orders the data; in a first epoch that is partly done, skips its steps."""
-        self._batches.begin_epoch(epoch, self._done)
-        if self._done:
-            self._skip(self._done // self.model.steps_per_execution)
-            self._done = 0
-
-    def _skip(self, count: int) -> None:
-        model, step = self.model, self.model.train_function
-        left = itertools.chain([True] * count, itertools.repeat(False))
-
-        def skipping(*arguments: Any) -> Any:
-            if next(left):
-                return backends.skipped_step(*arguments)
-            model.train_function = step
-            return step(*arguments)
-
-        model.train_function = skipping
-
 
 def _compute_dtypes(model: Any) -> set[str]:
     """Names of the precisions that a model's layers compute in, nested ones too."""
@@ -442,42 +343,8 @@ def _floating(classifier: keras.Model) -> list[keras.Variable]:
     return [v for v in classifier.variables if keras.backend.is_float_dtype(v.dtype)]
 
 
-def _wants_rows(loss: Any, labels: Any) -> bool:
-    """Whether a loss takes rows of class weights; one of which that is not known, these labels."""
-    losses = keras.losses
-    if isinstance(loss, losses.CategoricalCrossentropy | losses.CategoricalFocalCrossentropy):
-        return True
-    if isinstance(loss, losses.SparseCategoricalCrossentropy | SmoothedCrossentropy):
-        return False
-    shape = np.shape(labels)
-    return len(shape) == 2 and shape[1] > 1
-
-
 def _flat_labels(labels: Tensor) -> Tensor:
     """Labels of shape `(batch, 1)`, as Keras's data sets have them, as `(batch,)`."""
     if len(labels.shape) == 2 and labels.shape[1] == 1:
         return ops.squeeze(labels, axis=1)
     return labels
-
-
-def _as_weight(sample_weight: Tensor | None, images: Tensor) -> Tensor | None:
-    if sample_weight is None:
-        return None
-    return ops.cast(ops.reshape(sample_weight, (-1,)), images.dtype)
-
-
-def _first_batch(x: Any, y: Any) -> tuple[tuple[Any, Any] | None, Any]:
-    """A few leading images and labels, and `x` with nothing of it consumed."""
-    if y is not None:
-        return (x[:CHECKED_IMAGES], y[:CHECKED_IMAGES]), x
-    if isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
-    elif hasattr(x, "take"):  # tf.data.Dataset
-        batch = next(iter(x.take(1)))
-    elif hasattr(x, "__next__"):
-        batch = next(x)
-        x = (element for element in itertools.chain([batch], x))
-    else:
-        return None, x
-    images, labels, *_ = batch
-    return (images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]), x

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import math
-import pathlib
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ import numpy as np
 
 from tvkeras import backends, checkpoint, runs
 from tvkeras.backends import Devices
+from tvkeras.runs import Run
 
 CHECK_STEPS = 20  # between looks at the loss and, of several processes, at each other's signals
 # A checkpoint that took s seconds is followed by at least this many times s of training.
@@ -42,7 +42,7 @@ class Recorder(keras.callbacks.Callback):
     optimizer, seeds, the metrics' sums, and the position in the data.
 
     Args:
-        run_dir: The run folder.
+        run: The run folder.
         checkpoint_minutes: Minutes between checkpoints inside an epoch, at least. They
             are also at least 50 times as far apart as one takes to write.
         checkpoint_steps: Steps between them instead, whatever it costs.
@@ -57,17 +57,14 @@ class Recorder(keras.callbacks.Callback):
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run: Run,
         *,
         checkpoint_minutes: float = 10.0,
         checkpoint_steps: int | None = None,
         devices: Devices = Devices(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
-        self.path = run_dir / "checkpoints" / "last"
-        self.previous_path = run_dir / "checkpoints" / "previous"
-        self.best_path = run_dir / "best.weights.h5"
-        self.log_path = run_dir / "log.csv"
+        self._run = run
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -93,10 +90,12 @@ class Recorder(keras.callbacks.Callback):
         content = b""
         with backends.together():
             if self._writes:
-                content = checkpoint.newest((self.path, self.previous_path))
+                content = checkpoint.newest(
+                    (self._run.checkpoint_path, self._run.previous_checkpoint_path)
+                )
         content = backends.from_first_process(content)
         if content:
-            arrays, meta = checkpoint.unpack(content, self.path)
+            arrays, meta = checkpoint.unpack(content, self._run.checkpoint_path)
             checkpoint.assign(_variables(model), arrays)
             self.epoch, self.step = meta["epoch"], meta["step"]
             self.seconds, self.writing_seconds = meta["seconds"], meta["writing_seconds"]
@@ -188,9 +187,9 @@ class Recorder(keras.callbacks.Callback):
             try:
                 if self._writes:
                     with self._writing():
-                        checkpoint.write_atomically(self.log_path, _as_csv(self._rows))
+                        checkpoint.write_atomically(self._run.log_path, _as_csv(self._rows))
                         if row.get(chosen_by, math.inf) >= best:
-                            runs.save_float16(self.model.classifier, self.best_path)
+                            runs.save_float16(self.model.classifier, self._run.weights_path)
                 if last or number or self._is_due(minutes=0.0):
                     self._save()
             except OSError as error:
@@ -228,7 +227,9 @@ class Recorder(keras.callbacks.Callback):
         }
         with self._writing():
             arrays = checkpoint.values(_variables(self.model))
-            checkpoint.save(self.path, arrays, meta, previous=self.previous_path)
+            checkpoint.save(
+                self._run.checkpoint_path, arrays, meta, previous=self._run.previous_checkpoint_path
+            )
         self._cost = time.monotonic() - started
 
     @contextlib.contextmanager
@@ -251,7 +252,11 @@ class Recorder(keras.callbacks.Callback):
         return inside if self.step else f"epoch {self.epoch}"
 
     def _last_good(self) -> str:
-        return f"Last good checkpoint: {self.path}" if self.path.exists() else "No checkpoint yet"
+        return (
+            f"Last good checkpoint: {self._run.checkpoint_path}"
+            if self._run.checkpoint_path.exists()
+            else "No checkpoint yet"
+        )
 
     def _check_loss(self, where: str, logs: dict[str, Any]) -> None:
         for name, value in _lost(logs).items():

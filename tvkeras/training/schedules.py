@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and averages in fractions of a run, so that any length fits."""
+"""Optimizers and learning rates in fractions of a run, so that any length fits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -7,7 +7,6 @@ import keras
 from keras import ops
 
 from tvkeras import checks
-from tvkeras.training.averaging import Lookahead
 
 Tensor = Any
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
@@ -120,13 +119,6 @@ def triangle(
     rate = checks.number("learning_rate", learning_rate, minimum=0.0)
     climb = min(max(1, round(warmup * total_steps)), max(1, total_steps - 1))
     return Triangle(start * rate, rate, end * rate, climb, max(total_steps, climb + 1))
-
-
-def lookahead(
-    total_steps: int, epoch_steps: int, *, every: int = 5, decay: float = 0.95
-) -> Lookahead:
-    """`Lookahead` over a run of `total_steps` in epochs of `epoch_steps`."""
-    return Lookahead(steps=total_steps, epoch_steps=epoch_steps, every=every, decay=decay)
 
 
 @keras.saving.register_keras_serializable("tvkeras")

@@ -8,22 +8,26 @@ card.json, README.md, *.png         what was measured on exactly these weights
 examples.csv                        the same, image by image
 probe.npz                           test images and their logits, for `verify`
 
-Entries never change under their name. `tvkeras.zoo.store` says where files are looked for.
+Entries never change under their name. `tvkeras.zoo.store` says where files are looked for,
+`tvkeras.zoo.publishing` makes one of an evaluated run.
 """
 
 import fnmatch
 import pathlib
+from typing import TYPE_CHECKING
 
 import keras
 
-from tvkeras import checkpoint, checks, runs
-from tvkeras.detection import GradientNormDetector
-from tvkeras.evaluation.card import Card
+from tvkeras import checkpoint, checks
+from tvkeras.runs import Run
 from tvkeras.zoo import probe, store
-from tvkeras.zoo.publishing import publish
 from tvkeras.zoo.store import DownloadError
 
-__all__ = ["DownloadError", "card", "detector", "find", "load", "names", "publish", "verify"]
+if TYPE_CHECKING:  # they import what measures, which `load` does not need
+    from tvkeras.detection import GradientNormDetector
+    from tvkeras.evaluation.card import Card
+
+__all__ = ["DownloadError", "card", "detector", "find", "load", "names", "verify"]
 
 
 def names(pattern: str = "*") -> list[str]:
@@ -52,19 +56,21 @@ def load(name: str) -> keras.Model:
         classifier = tvkeras.zoo.load("resnet9_32_tv_lip")
         classifier.predict(images).argmax(axis=1)
     """
-    return runs.load(store.folder(name, "run.json", "best.weights.h5"))[0]
+    return Run.open(store.folder(name, "run.json", "best.weights.h5")).classifier()
 
 
-def card(name: str) -> Card:
+def card(name: str) -> "Card":
     """What was measured on an entry.
 
     Raises:
         ValueError, DownloadError: As `load`.
     """
+    from tvkeras.evaluation.card import Card
+
     return Card.from_json((store.folder(name, "card.json") / "card.json").read_text())
 
 
-def detector(name: str, statistic: str = "loss") -> GradientNormDetector:
+def detector(name: str, statistic: str = "loss") -> "GradientNormDetector":
     """The detector of attacked images that an entry's card reports on.
 
     Args:
@@ -74,6 +80,8 @@ def detector(name: str, statistic: str = "loss") -> GradientNormDetector:
     Raises:
         ValueError, DownloadError: As `load`; also for a statistic that was not measured.
     """
+    from tvkeras.detection import GradientNormDetector
+
     thresholds = {report.statistic: report.threshold for report in card(name).detection}
     checks.one_of("statistic", statistic, thresholds)
     # l2 is the norm in which `tvkeras.evaluate` fits detectors.

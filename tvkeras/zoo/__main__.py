@@ -1,21 +1,21 @@
 """The zoo from the command line.
 
-python -m tvkeras.zoo list [PATTERN]        names, size of the weights, where they are
-python -m tvkeras.zoo show NAME             what was measured, and how to load it
-python -m tvkeras.zoo verify [NAME]         checks files and logits of one entry or all
-python -m tvkeras.zoo publish RUN_DIR NAME  makes an entry of an evaluated run
-python -m tvkeras.zoo site [PATTERN]        builds a leaderboard to look at, in --output=site
+python -m tvkeras.zoo list [PATTERN]                 names, size of the weights, where they are
+python -m tvkeras.zoo show NAME                      what was measured, and how to load it
+python -m tvkeras.zoo verify [NAME]                  checks files and logits of one entry or all
+python -m tvkeras.zoo publish RUN_DIR NAME           makes an entry of an evaluated run
+python -m tvkeras.zoo site [PATTERN] [--output=site] builds a leaderboard to look at
 """
 
-import argparse
 import inspect
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from absl import app, flags
+
 from tvkeras import terminal, zoo
-from tvkeras.evaluation.card import Rate
-from tvkeras.zoo import store
+from tvkeras.zoo import publishing, store
 
 
 def list_(pattern: str = "*") -> None:
@@ -31,37 +31,13 @@ def list_(pattern: str = "*") -> None:
 
 
 def show(name: str) -> None:
-    """Prints an entry's headline figures."""
-    card = zoo.card(name)
-    rows = [
-        ("network", f"{card.model['model']}, {card.model['parameters']:,} parameters"),
-        ("training", f"{card.training['dataset']}, {card.training['epochs']} epochs"),
-        ("", card.training["defense"]),
-        ("input", "float32 images in [0, 1], with no other normalisation"),
-        ("clean error", f"{_percent(card.clean_error)} of {card.dataset}"),
-    ]
-    for worst in card.worst_case:
-        rows += [
-            (f"error at {worst.norm} {epsilon}", f"{_percent(error)}, worst case over attacks")
-            for epsilon, error in worst.error.items()
-        ]
-        if worst.median_distance is not None:
-            rows.append((f"median {worst.norm} distance", f"{worst.median_distance:.3g}"))
-    rows += [(f"audit ({report.norm})", report.verdict) for report in card.audit]
-    rows += [
-        (
-            f"detector ({report.statistic})",
-            f"rejects {_percent(report.false_positive_rate)} without an attack; "
-            f"evaded on {_percent(report.evasive_success)}",
-        )
-        for report in card.detection
-    ]
-    rows += [
-        ("load", f'tvkeras.zoo.load("{name}")'),
-        ("card", str(store.folder(name, "README.md") / "README.md")),
-    ]
-    width = max(len(label) for label, _ in rows) + 2
-    print(name, *(f"  {label:<{width}}{text}" for label, text in rows), sep="\n")
+    """Prints an entry's card as a short table."""
+    card, page = zoo.card(name), store.folder(name, "README.md") / "README.md"
+    about, training = card.model, card.training
+    print(card)
+    print(f"  {about['model']}, {about['parameters']:,} parameters, from images in [0, 1]")
+    print(f"  {training['dataset']}, {training['epochs']} epochs of {training['defense']}")
+    print(f'  tvkeras.zoo.load("{name}"), {page}')
 
 
 def verify(name: str | None = None) -> None:
@@ -78,14 +54,15 @@ def verify(name: str | None = None) -> None:
 
 def publish(run_dir: str, name: str) -> None:
     """Publishes a run."""
-    print(f"published: {zoo.publish(run_dir, name)}")
+    print(f"published: {publishing.publish(run_dir, name)}")
 
 
-def site(pattern: str = "*", *, output: str = "site") -> None:
+def site(pattern: str = "*") -> None:
     """Builds the pages of the entries."""
     from tvkeras.zoo import site as pages  # what makes pages is needed here alone
 
-    print(f"open in a browser: {pages.build(zoo.names(pattern), pathlib.Path(output))}")
+    index = pages.build(zoo.names(pattern), pathlib.Path(flags.FLAGS.output))
+    print(f"open in a browser: {index}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -98,33 +75,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, call: a command's arguments are its function's, keywords with two dashes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tvkeras.zoo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, call in COMMANDS.items():
-        command = commands.add_parser(name, description=call.__doc__)
-        command.set_defaults(call=call)
-        for argument in inspect.signature(call).parameters.values():
-            if argument.kind is argument.KEYWORD_ONLY:
-                command.add_argument(f"--{argument.name}", default=argument.default)
-            elif argument.default is argument.empty:
-                command.add_argument(argument.name)
-            else:
-                command.add_argument(argument.name, nargs="?", default=argument.default)
-    given = vars(parser.parse_args(argv[1:]))
+    """Parse, call: absl knows no commands, so the first argument names one of these functions."""
+    name, *arguments = argv[1:] or [""]
     try:
-        given.pop("call")(**given)
-    except (ValueError, OSError) as error:
-        terminal.fail(error)
-
-
-def _percent(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} % ({rate.n:,} images)"
+        inspect.signature(COMMANDS[name]).bind(*arguments)
+    except (KeyError, TypeError) as error:
+        raise app.UsageError(f"no such command: {' '.join(argv[1:]) or 'none'}") from error
+    COMMANDS[name](*arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    flags.DEFINE_string("output", "site", "Folder of the site's pages.")
+    terminal.run(main)

@@ -5,8 +5,8 @@ import pathlib
 import keras
 import numpy as np
 
-from tvkeras import runs
 from tvkeras.inputs import as_float
+from tvkeras.runs import Run
 
 FILE = "probe.npz"
 TOLERANCE = 1e-4
@@ -31,5 +31,5 @@ def difference(folder: pathlib.Path) -> float:
 def _logits(folder: pathlib.Path, images: np.ndarray) -> np.ndarray:
     """Float32 logits, computed on the CPU: accelerators round products to fewer bits."""
     with keras.device("cpu:0"):
-        classifier, _ = runs.load(folder)
+        classifier = Run.open(folder).classifier()
         return keras.ops.convert_to_numpy(classifier(as_float(images), training=False))

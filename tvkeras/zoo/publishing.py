@@ -10,9 +10,9 @@ import tempfile
 
 from tvkeras import checkpoint, data
 from tvkeras.evaluation import card, page
+from tvkeras.runs import Run
 from tvkeras.zoo import probe, store
 
-RUN_FILES = ("run.json", "best.weights.h5", "config.gin", "log.csv")
 PROBE_IMAGES = 8
 
 
@@ -48,19 +48,7 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
             f"{entry} exists and is no zoo entry. Move it away; if it is the run itself, publish "
             "it from where you moved it."
         )
-    run, evaluation = pathlib.Path(run_dir), pathlib.Path(run_dir) / "evaluation"
-    required = [*(run / file for file in RUN_FILES), evaluation / "card.json"]
-    _require(run, required)
-    measured = card.Card.from_json((evaluation / "card.json").read_text())
-    copied = ["examples.csv", *measured.figures.values()]
-    _require(run, [evaluation / file for file in copied])
-    sha256 = store.File.of((run / "best.weights.h5").read_bytes()).sha256
-    if measured.model["weights_sha256"] != sha256:
-        raise ValueError(
-            f"the card in {evaluation} was measured on other weights: sha256 "
-            f"{measured.model['weights_sha256']}, those of {run} have {sha256}. Evaluate again: "
-            f"python -m tvkeras.evaluate --model={run} ..."
-        )
+    measured, copied = _evaluated(Run(pathlib.Path(run_dir)))
     dataset, split = measured.dataset.rsplit(" ", 1)
     images = data.load(dataset, split).images[:PROBE_IMAGES]
 
@@ -68,7 +56,7 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=store.CHECKOUT) as temporary:
         work = pathlib.Path(temporary) / name
         work.mkdir()
-        for path in (*(run / file for file in RUN_FILES), *(evaluation / f for f in copied)):
+        for path in copied:
             shutil.copyfile(path, work / path.name)
         page.write(dataclasses.replace(measured, name=name), work)
         probe.write(work, images)
@@ -83,15 +71,31 @@ def publish(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
     return entry
 
 
-def _require(run: pathlib.Path, paths: list[pathlib.Path]) -> None:
-    missing = sorted(str(path.relative_to(run)) for path in paths if not path.is_file())
-    linked = [
-        str(path) for path in paths if path.resolve() != run.resolve() / path.relative_to(run)
-    ]
-    if linked and not missing:
-        raise ValueError(f"run_dir must hold its files itself, and {linked} are links elsewhere.")
-    if missing:
+def _evaluated(run: Run) -> tuple[card.Card, list[pathlib.Path]]:
+    """The card of a run, and the files beside it that an entry takes over."""
+    evaluation = run.folder / "evaluation"
+    copied = [run.about_path, run.weights_path, run.config_path, run.log_path]
+    _require(run, [*copied, evaluation / "card.json"])
+    measured = card.Card.from_json((evaluation / "card.json").read_text())
+    copied += [evaluation / file for file in ("examples.csv", *measured.figures.values())]
+    _require(run, copied)
+    sha256 = store.File.of(run.weights_path.read_bytes()).sha256
+    if measured.model["weights_sha256"] != sha256:
         raise ValueError(
-            f"run_dir must be a finished run with its evaluation, and {run} lacks {missing}. "
-            f"Evaluate it: python -m tvkeras.evaluate --model={run} ..."
+            f"the card in {evaluation} was measured on other weights: sha256 "
+            f"{measured.model['weights_sha256']}, those of {run.folder} have {sha256}. Evaluate "
+            f"again: python -m tvkeras.evaluate --model={run.folder} ..."
         )
+    return measured, copied
+
+
+def _require(run: Run, paths: list[pathlib.Path]) -> None:
+    names = {path: str(path.relative_to(run.folder)) for path in paths}
+    if missing := sorted(name for path, name in names.items() if not path.is_file()):
+        raise ValueError(
+            f"run_dir must be a finished run with its evaluation, and {run.folder} lacks "
+            f"{missing}. Evaluate it: python -m tvkeras.evaluate --model={run.folder} ..."
+        )
+    whole = run.folder.resolve()
+    if linked := [name for path, name in names.items() if path.resolve() != whole / name]:
+        raise ValueError(f"run_dir must hold its files itself, and {linked} are links elsewhere.")

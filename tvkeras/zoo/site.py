@@ -7,7 +7,7 @@ import math
 import pathlib
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -98,7 +98,11 @@ def _page(name: str) -> tuple[Card, pathlib.Path, str]:
         raise ValueError(f"its card is that of {about.name!r}.")
     entry = store.folder(name, "card.json", *about.figures.values())
     template = _TEMPLATES.get_template("model.html")
-    return about, entry, template.render(card=about, body=_body(about))
+    return (
+        about,
+        entry,
+        template.render(card=about, body=as_html(page.body(about), about.figures.values())),
+    )
 
 
 def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -145,14 +149,13 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
     return row["verdict"] == "unreliable", -distance, row["card"].name
 
 
-def _body(about: Card) -> markupsafe.Markup:
-    """The card's page as HTML, of which its texts are none."""
+def as_html(text: str, figures: Collection[str]) -> markupsafe.Markup:
+    """Markdown as HTML, without what could do something: of images, `figures` alone."""
     converter = markdown.Markdown(extensions=["tables", "fenced_code"])
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
-    figures = about.figures.values()
     text = nh3.clean(
-        converter.convert(page.body(about)),
+        converter.convert(text),
         tags=_TAGS,
         attributes={"img": {"alt", "src"}},
         attribute_filter=lambda _, name, value: (

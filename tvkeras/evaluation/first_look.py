@@ -40,11 +40,17 @@ def measure(
         `attacked_images`.
     """
     model = CompiledClassifier.of(classifier)
-    losses, predicted, sizes = loss_statistics(
-        model, examples.images, examples.labels, norm, batch_size
-    )
-    wrong = predicted != inputs.labels(examples.labels, len(predicted))
+    images, labels = examples.images, examples.labels
+    losses, predicted, sizes = loss_statistics(model, images, labels, norm, batch_size)
+    wrong = predicted != inputs.labels(labels, len(predicted))
     count = min(attacked_images, len(examples))
+
+    def errors(steps: int) -> dict[str, float]:
+        attack = attacks.ProjectedGradient(norm=norm, steps=steps)
+        few = images[:count], labels[:count]
+        found = (attack(model, *few, epsilon=e, batch_size=batch_size) for e in epsilons)
+        return {str(e): float(r.success.mean()) for e, r in zip(epsilons, found, strict=True)}
+
     return {
         "images": len(examples),
         "clean_error": float(wrong.mean()),
@@ -55,22 +61,6 @@ def measure(
         "norm": norm,
         "attacked_images": count,
         "attacked_images_clean_error": float(wrong[:count].mean()),
-        **{
-            f"{name}_error": {
-                str(epsilon): float(
-                    attack(
-                        model,
-                        examples.images[:count],
-                        examples.labels[:count],
-                        epsilon=epsilon,
-                        batch_size=batch_size,
-                    ).success.mean()
-                )
-                for epsilon in epsilons
-            }
-            for name, attack in (
-                ("fgsm", attacks.ProjectedGradient(norm=norm, steps=1)),
-                ("pgd", attacks.ProjectedGradient(norm=norm, steps=PGD_STEPS)),
-            )
-        },
+        "fgsm_error": errors(1),
+        "pgd_error": errors(PGD_STEPS),
     }

@@ -1,6 +1,5 @@
 """Audit: can the robust accuracy that PGD measures be believed?"""
 
-import dataclasses
 from collections.abc import Sequence
 
 import keras
@@ -10,7 +9,8 @@ from tvkeras import checks
 from tvkeras.attacks import ProjectedGradient
 from tvkeras.attacks.apgd import CLASSES
 from tvkeras.evaluation import masking, sanity
-from tvkeras.evaluation.case import ORDERS, Case, Check
+from tvkeras.evaluation.card import AuditReport
+from tvkeras.evaluation.case import ORDERS, Case
 from tvkeras.inference import CompiledClassifier
 from tvkeras.inputs import as_float
 
@@ -43,20 +43,6 @@ CHECKS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """All checks; `dataclasses.asdict` gives what JSON can hold.
-
-    Attributes:
-        checks: In the order they were made.
-        verdict: "reliable", or "unreliable" where any check fails: then no robust
-            accuracy measured by these attacks may be quoted.
-    """
-
-    checks: tuple[Check, ...]
-    verdict: str
-
-
 def audit(
     classifier: keras.Model | CompiledClassifier,
     images: np.ndarray,
@@ -69,7 +55,7 @@ def audit(
     relative_step: float | None = None,
     surrogate: keras.Model | CompiledClassifier | None = None,
     batch_size: int = 250,
-) -> Audit:
+) -> AuditReport:
     """Checks the classifier, PGD's results on it, and looks for signs of gradient masking.
 
     About 100 images do: decisions are by example, and n images resolve shares of 1 / n.
@@ -114,15 +100,17 @@ def audit(
         batch_size=batch_size,
     )
     found = [check(case) for check in PRECONDITIONS]
-    if _failed(found):
-        return Audit(tuple(found), "unreliable")
-    found += [check(case) for check in CHECKS]
-    if case.logits.shape[1] >= CLASSES["dlr"]:
-        found.append(masking.margin_loss(case))
-    if surrogate is not None:
-        found.append(masking.transfer(case, surrogate))
-    return Audit(tuple(found), "unreliable" if _failed(found) else "reliable")
-
-
-def _failed(found: Sequence[Check]) -> bool:
-    return any(check.status == "fail" for check in found)
+    if all(check.status != "fail" for check in found):
+        found += [check(case) for check in CHECKS]
+        if case.logits.shape[1] >= CLASSES["dlr"]:
+            found.append(masking.margin_loss(case))
+        if surrogate is not None:
+            found.append(masking.transfer(case, surrogate))
+    failed = any(check.status == "fail" for check in found)
+    return AuditReport(
+        norm=norm,
+        verdict="unreliable" if failed else "reliable",
+        images=len(case.labels),
+        surrogate=None if surrogate is None else CompiledClassifier.of(surrogate).classifier.name,
+        checks=tuple(found),
+    )

@@ -1,0 +1,143 @@
+"""TensorFlow's fused kernels in the place of Keras's composed ones."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Tensor = Any
+
+
+def fast_twin(classifier: keras.Model) -> keras.Model:
+    """The same function, faster: BatchNorm as TensorFlow's fused kernel, GELU in few operations.
+
+    Keras computes BatchNorm from elementary operations, and TensorFlow the gradient of
+    GELU from those of its parts. The twin is a clone whose layers do neither; called
+    statelessly with the classifier's own variables, it leaves the classifier a plain
+    Keras model.
+
+    Returns:
+        The twin, or `classifier` itself where nothing can be replaced, or where a
+        clone is not the same function (an adapted `Normalization` keeps its numbers
+        outside variables and configuration).
+    """
+    if not _is_clonable(classifier) or not any(map(_faster, _flatten(classifier))):
+        return classifier
+
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+        return (_faster(layer) or type(layer)).from_config(layer.get_config())
+
+    try:
+        twin = keras.models.clone_model(classifier, clone_function=clone, recursive=True)
+    except (NotImplementedError, TypeError, ValueError):  # a layer without a whole configuration
+        return classifier
+    twin.set_weights(classifier.get_weights())
+    sides = (side or 64 for side in classifier.input_shape[1:])  # None: any size will do
+    probe = tf.random.stateless_uniform((2, *sides), seed=(0, 0))
+    one, other = (tf.cast(model(probe, training=False), tf.float32) for model in (twin, classifier))
+    low = {"float16", "bfloat16"} & {layer.compute_dtype for layer in _flatten(classifier)}
+    rounding = 1e-2 if low else 1e-5  # networks up to ResNet-152 show 3e-6 in float32
+    allowed = rounding * tf.reduce_max(tf.abs(other))
+    return twin if tf.reduce_max(tf.abs(one - other)) <= allowed else classifier
+
+
+class FusedBatchNormalization(keras.layers.BatchNormalization):
+    """`keras.layers.BatchNormalization` for `(batch, height, width, channels)`, fused."""
+
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Any = None) -> Tensor:
+        """Normalises `inputs`; in training it moves the statistics as Keras does."""
+        if mask is not None or inputs.dtype == tf.float64:
+            return super().call(inputs, training=training, mask=mask)
+        training = bool(training) and self.trainable
+        mean, variance = self.moving_mean, self.moving_variance
+        gamma = tf.convert_to_tensor(self.gamma if self.scale else tf.ones_like(mean))
+        beta = tf.convert_to_tensor(self.beta if self.center else tf.zeros_like(mean))
+        if not training:
+            moments = tf.convert_to_tensor(mean), tf.convert_to_tensor(variance)
+            return _normalized(inputs, gamma, beta, *moments, self.epsilon)
+        outputs, batch_mean, batch_variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, gamma, beta, epsilon=self.epsilon
+        )
+        count = tf.cast(tf.size(inputs) // tf.shape(inputs)[-1], tf.float32)
+        biased = batch_variance * (count - 1) / count  # the kernel returns it unbiased
+        mean.assign(mean * self.momentum + batch_mean * (1 - self.momentum))
+        variance.assign(variance * self.momentum + biased * (1 - self.momentum))
+        return outputs
+
+
+def _normalized(
+    inputs: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, epsilon: float
+) -> Tensor:
+    """BatchNorm with given moments; in a graph the images' gradient alone costs one product.
+
+    The kernel's own gradient always computes those of gamma and beta too.
+    """
+
+    @tf.custom_gradient
+    def normalized(inputs: Tensor, gamma: Tensor, beta: Tensor) -> Any:
+        outputs = tf.compat.v1.nn.fused_batch_norm(
+            inputs, gamma, beta, mean, variance, epsilon, is_training=False
+        )[0]
+
+        def gradients(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            inverse = tf.math.rsqrt(variance + epsilon)
+            exact = tf.cast(upstream, gamma.dtype)
+            slopes = exact * ((tf.cast(inputs, gamma.dtype) - mean) * inverse)
+            return (
+                upstream * tf.cast(gamma * inverse, upstream.dtype),
+                tf.reduce_sum(slopes, (0, 1, 2)),
+                tf.reduce_sum(exact, (0, 1, 2)),
+            )
+
+        return outputs, gradients
+
+    return normalized(inputs, gamma, beta)
+
+
+class FusedGelu(keras.layers.Activation):
+    """`keras.layers.Activation("gelu")` with a gradient that reuses the forward pass."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """The product of `inputs` and their normal distribution function."""
+        return _gelu(inputs)
+
+
+@tf.custom_gradient
+def _gelu(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    distribution = 0.5 + 0.5 * tf.math.erf(x * math.sqrt(1 / 2))
+
+    def gradient(upstream: Tensor) -> Tensor:
+        density = math.sqrt(1 / (2 * math.pi)) * tf.exp(-0.5 * x * x)
+        return upstream * (distribution + x * density)
+
+    return x * distribution, gradient
+
+
+def _faster(layer: keras.layers.Layer) -> type[keras.layers.Layer] | None:
+    """The faster kind that can stand for a layer, if there is one."""
+    if type(layer) is keras.layers.Activation and layer.activation is keras.activations.gelu:
+        return FusedGelu
+    return FusedBatchNormalization if _is_fusible(layer) else None
+
+
+def _is_fusible(layer: keras.layers.Layer) -> bool:
+    return (
+        type(layer) is keras.layers.BatchNormalization
+        and layer.moving_mean is not None
+        and layer.axis in (-1, 3)
+        and len(layer.input.shape) == 4
+        and not layer.renorm
+        and not layer.synchronized
+    )
+
+
+def _is_clonable(model: Any) -> bool:
+    """Whether a model is Functional or Sequential, as Keras's own cloning asks."""
+    return isinstance(model, keras.Sequential) or hasattr(model, "operations")
+
+
+def _flatten(model: keras.Model) -> list[keras.layers.Layer]:
+    nested = [_flatten(layer) for layer in model.layers if _is_clonable(layer)]
+    return [*model.layers, *(layer for layers in nested for layer in layers)]

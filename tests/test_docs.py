@@ -11,6 +11,9 @@ import pytest
 
 from tests.conftest import BACKEND, ROOT
 from tvkeras import config
+from tvkeras.evaluation import trials
+from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.detecting import Detection
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -92,17 +95,8 @@ def test_settings_of_commands_bind(page, monkeypatch):
             config.bind(files, bindings)
             config.settings()
         elif module == "tvkeras.evaluate":
-            bind_evaluation(files, bindings)
-
-
-def bind_evaluation(files, bindings):
-    from tvkeras.evaluation.benchmark import benchmark
-    from tvkeras.evaluation.detecting import Detection
-
-    from tvkeras.evaluation import trials
-
-    config.configurable(benchmark, (Detection, *trials.library_attacks()))
-    config.bind(files, bindings)
+            config.configurable(benchmark, (Detection, *trials.library_attacks()))
+            config.bind(files, bindings)
 
 
 @pytest.mark.slow

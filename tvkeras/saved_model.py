@@ -185,8 +185,9 @@ def run_detector(
         for report in measured.detection:
             if report.statistic == statistic and measured.model["weights_sha256"] == weights:
                 return GradientNormDetector(
-                    norm="l2", statistic=statistic, threshold=report.threshold
+                    norm=report.norm, statistic=statistic, threshold=report.threshold
                 )
     about, rate = run.about, 0.05 if false_positive_rate is None else false_positive_rate
-    _, held_out = data.held_out(data.load(about["dataset"], "train"), about["validation_fraction"])
+    training = data.load(about["dataset"], "train", image_size=about.get("image_size"))
+    _, held_out = data.held_out(training, about["validation_fraction"])
     return GradientNormDetector.fit(run.classifier(), held_out.images, rate, statistic=statistic)

@@ -8,6 +8,7 @@ be repeated or continued exactly.
 from tvkeras.data.arrays import DataNotFoundError, Examples, held_out, load
 from tvkeras.data.augmentation import Augmentation
 from tvkeras.data.batches import Batches, Splits, in_memory
+from tvkeras.data.files import is_path
 from tvkeras.data.stream import Stream, streamed
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Stream",
     "held_out",
     "in_memory",
+    "is_path",
     "load",
     "streamed",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tvkeras import checks
+from tvkeras.data import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class DataNotFoundError(FileNotFoundError):
     """The data set is not on this machine; the message says where it was looked for."""
 
 
-def load(name: str, split: str = "train", *, download: bool = False) -> Examples:
+def load(
+    name: str, split: str = "train", *, download: bool = False, image_size: int | None = None
+) -> Examples:
     """Loads a split as memory-mapped arrays, from the cache after the first time.
 
     The first load prepares "digits" (8x8, scikit-learn, embedded) or any TFDS data
@@ -57,15 +60,28 @@ def load(name: str, split: str = "train", *, download: bool = False) -> Examples
     `TVKERAS_DATA_DIR`, by default `~/.cache/tvkeras/data`.
 
     Args:
-        name: "digits" or a TFDS name.
-        split: "train", "test", or another split that TFDS has.
+        name: "digits", a TFDS name, or one's own files: an `.npz`, or a folder of class
+            folders for each split (`tvkeras.data.files`), which are read anew each time.
+        split: "train", "test", or another split that is there.
         download: Whether TFDS may download what is missing, with a progress bar.
+        image_size: Side that the images of a folder are brought to.
 
     Raises:
         DataNotFoundError: If the data is missing and must not be downloaded.
+        FileNotFoundError: If there is no such file, folder or split of one's own.
         ValueError: For an unknown split, a data set that is not of equally large
             uint8 images, or a damaged cache.
     """
+    if files.is_path(name):
+        images, labels, num_classes = files.read(name, split, image_size)
+        return Examples(
+            name=name,
+            split=split,
+            images=images,
+            labels=labels,
+            num_classes=num_classes,
+            checksum=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+        )
     folder = _cache() / name.replace("/", "-").replace(":", "-") / split
     if not (folder / "meta.json").exists():
         _write_cache(folder, *_read(name, split, download))
@@ -141,7 +157,7 @@ def prepared_builder(name: str, download: bool = False) -> Any:
         raise DataNotFoundError(
             f"data set {name!r} is neither cached nor prepared on this machine (looked in "
             f"{_cache()} and {builder.data_dir}). Either set TFDS_DATA_DIR to a "
-            "folder that holds it, or allow the download: train.download=True "
+            "folder that holds it, or allow the download: Task.download=True "
             "(tvkeras.data.load(..., download=True))."
         )
     return builder
@@ -159,7 +175,7 @@ def _from_tfds(name: str, split: str, download: bool) -> tuple[np.ndarray, np.nd
         raise ValueError(
             f"data set {name!r} has no equally large uint8 images to hold in memory "
             f"(its features: {list(features)}, image shape {shape}). "
-            "Stream it: train.image_size=224."
+            "Stream it: Task.image_size=224."
         )
     records = list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
     if "id" in features:

@@ -128,11 +128,12 @@ def in_memory(
     download: bool = False,
     devices: Devices = Devices(),  # noqa: B008 (immutable)
     augmentation: Augmentation | None = None,
+    image_size: int | None = None,
 ) -> Splits:
     """Splits of a data set that `load` holds as arrays.
 
     Args:
-        name: "digits" or a TFDS name.
+        name: As `load` has it.
         batch_size: Images in a batch.
         validation_fraction: Share of the training set to hold out.
         seed: Of the order of the training images.
@@ -140,9 +141,22 @@ def in_memory(
         download: Whether missing data may be downloaded.
         devices: What the batches are spread over.
         augmentation: Says which training images an epoch begins with mirrored.
+        image_size: Side that the images of a folder are brought to.
+
+    Raises:
+        ValueError: As `load`; or for splits of different images or classes.
     """
-    test = load(name, test_split, download=download)
-    examples, validation = held_out(load(name, "train", download=download), validation_fraction)
+    training, test = (
+        load(name, split, download=download, image_size=image_size)
+        for split in ("train", test_split)
+    )
+    kinds = [(part.images.shape[1:], part.num_classes) for part in (training, test)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"train and {test_split} of {name!r} must have the same image shape and classes, got "
+            f"{kinds[0]} and {kinds[1]}."
+        )
+    examples, validation = held_out(training, validation_fraction)
     return Splits(
         train=Batches(examples, batch_size, seed=seed, devices=devices, augmentation=augmentation),
         validation=(
@@ -151,5 +165,5 @@ def in_memory(
             else None
         ),
         test=test,
-        checksums={"train": examples.checksum, test_split: test.checksum},
+        checksums={"train": training.checksum, test_split: test.checksum},
     )

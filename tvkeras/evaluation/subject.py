@@ -69,12 +69,13 @@ class Subject:
                 f"{run.about_path} lacks {sorted(missing)}: the run is not finished, or of an "
                 "older tvkeras."
             )
-        training = data.load(about["dataset"], "train")
+        size = about.get("image_size")
+        training = data.load(about["dataset"], "train", image_size=size)
         facts = {"weights_sha256": hashlib.sha256(run.weights_path.read_bytes()).hexdigest()}
         return cls(
             classifier=run.classifier(),
             name=model.resolve().name,
-            test=data.load(dataset or about["dataset"], split),
+            test=data.load(dataset or about["dataset"], split, image_size=size),
             held_out_images=data.held_out(training, about["validation_fraction"])[1].images,
             model={key: about[key] for key in MODEL_ENTRIES} | facts,
             training={key: about[key] for key in (*TRAINING_ENTRIES, *COST_ENTRIES) if key in about}

@@ -138,10 +138,12 @@ def _read(task: Task, recipe: Recipe, devices: Devices) -> Splits:
         "test_split": task.test_split,
         "devices": devices,
     }
-    if task.image_size is None:
-        splits = data.in_memory(task.dataset, augmentation=recipe.augmentation, **shared)
+    size = task.image_size
+    if size is None or data.is_path(task.dataset):
+        augmentation = recipe.augmentation
+        splits = data.in_memory(task.dataset, augmentation=augmentation, image_size=size, **shared)
     else:
-        splits = data.streamed(task.dataset, image_size=task.image_size, **shared)
+        splits = data.streamed(task.dataset, image_size=size, **shared)
     if task.validation_epsilon is not None and splits.validation is None:
         raise ValueError(
             f"validation_epsilon needs held-out images, got {task.validation_epsilon!r} with "
@@ -209,6 +211,7 @@ def _facts(
         "augmentation": str(recipe.augmentation),
         "optimizer": {**optimizer.get_config(), "name": type(optimizer).__name__},
         "dataset": task.dataset,
+        "image_size": task.image_size,
         "data_sha256": splits.checksums,
         "validation_fraction": task.validation_fraction,
         "epochs": recipe.epochs,

@@ -19,12 +19,13 @@ class Task:
     """Which images are learned, and which perturbations count.
 
     Attributes:
-        dataset: "digits" or a TFDS name.
-        test_split: TFDS split for the final measurement.
+        dataset: "digits", a TFDS name, or one's own images: an `.npz`, or a folder of class
+            folders for each split (`tvkeras.data.files`).
+        test_split: Split for the final measurement.
         validation_fraction: Share of the training set held out to choose the best epoch;
             the test set is never used for that.
-        image_size: None holds the data in memory; a number streams it as square images of
-            that side (see `tvkeras.data.Stream`).
+        image_size: None holds the data in memory; a number streams it from TFDS as square
+            images of that side (see `tvkeras.data.Stream`), or brings those of a folder to it.
         download: Whether missing data may be downloaded.
         norm: Threat norm of the final measurement, and of the choice of the best epoch.
         epsilons: Radii of the final measurement, in pixel units.

@@ -82,10 +82,9 @@ def detector(name: str, statistic: str = "loss") -> "GradientNormDetector":
     """
     from tvkeras.detection import GradientNormDetector
 
-    thresholds = {report.statistic: report.threshold for report in card(name).detection}
-    checks.one_of("statistic", statistic, thresholds)
-    # l2 is the norm in which `tvkeras.evaluate` fits detectors.
-    return GradientNormDetector(norm="l2", statistic=statistic, threshold=thresholds[statistic])
+    found = {report.statistic: report for report in card(name).detection}
+    report = found[checks.one_of("statistic", statistic, found)]
+    return GradientNormDetector(norm=report.norm, statistic=statistic, threshold=report.threshold)
 
 
 def find(model: str) -> pathlib.Path:

@@ -89,13 +89,13 @@ def test_commands_run(page, checkout):
 @pytest.mark.parametrize("page", [page for page in PAGES if [*commands(page)]])
 def test_settings_of_commands_bind(page, monkeypatch):
     monkeypatch.chdir(ROOT)
+    config.configurable(benchmark, (Detection, *trials.library_attacks()))
     for module, flags in commands(page):
         files, bindings = flags.get("gin_file", []), flags.get("gin_param", [])
         if module == "tvkeras.train":
             config.bind(files, bindings)
             config.settings()
         elif module == "tvkeras.evaluate":
-            config.configurable(benchmark, (Detection, *trials.library_attacks()))
             config.bind(files, bindings)
 
 

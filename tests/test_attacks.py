@@ -225,7 +225,7 @@ def test_an_interrupted_attack_goes_on_with_the_next_batch(separating, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for name in ("x_adv", "success", "distance", "queries"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
-    with pytest.raises(ValueError, match="holds another attack's results"):
+    with pytest.raises(ValueError, match="holds another call's results"):
         attack(classifier, images, labels, epsilon=0.2, batch_size=4, resume_dir=tmp_path)
 
 

@@ -153,10 +153,10 @@ def test_an_interrupted_certification_goes_on(tmp_path, capsys):
     np.testing.assert_array_equal(stricter.votes, whole.votes)
     assert np.all(stricter.radius <= whole.radius)
     for smoothed in (Smoothed(model, 1.1), Smoothed(model, 1.0, seed=1)):
-        with pytest.raises(ValueError, match=r"resume_dir .* holds other votes"):
+        with pytest.raises(ValueError, match=r"resume_dir .* holds another call's"):
             smoothed.certify(images, **settings, resume_dir=tmp_path)
     model.classifier.set_weights([1.1 * w for w in model.classifier.get_weights()])
-    with pytest.raises(ValueError, match=r"resume_dir .* holds other votes"):
+    with pytest.raises(ValueError, match=r"resume_dir .* holds another call's"):
         again.certify(images, **settings, resume_dir=tmp_path)
 
 

@@ -10,6 +10,7 @@ from tvkeras import config, train
 from tvkeras.defenses import Defense
 from tvkeras.evaluation import trials
 from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.detecting import Detection
 
 EVALUATIONS = sorted(pathlib.Path("gin").glob("evaluate_*.gin"))
@@ -48,8 +49,8 @@ def test_every_experiment_binds(path, more):
 @pytest.mark.parametrize("path", EVALUATIONS, ids=str)
 @pytest.mark.parametrize("more", [None, *SUITES], ids=str)
 def test_every_evaluation_binds_with_every_suite(path, more):
-    config.configurable(benchmark, (Detection, *trials.library_attacks()))
-    config.bind([str(path), *([str(more)] if more else [])])
+    config.configurable(benchmark, (Certification, Detection, *trials.library_attacks()))
+    config.bind([str(path), *([str(more)] if more else []), "gin/certify.gin"])
     parts = bound("benchmark.suite") if more else "quick"
     parts = [parts] if isinstance(parts, str) else parts
 

@@ -15,6 +15,7 @@ import tvkeras
 from tests.conftest import BACKEND, ROOT, batch, net
 from tvkeras import attacks, compare, config, evaluation, train, zoo
 from tvkeras.evaluation import card, comparison, figures, page, reports, suite, trials
+from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.detecting import Detection
 from tvkeras.evaluation.subject import Subject, twin
 from tvkeras.evaluation.trials import Trial
@@ -33,6 +34,7 @@ SETTINGS = {
     "attacked_images": 40,
     "audited_images": 20,
     "detection": Detection(evasive={"steps": 5, "search_steps": 2}, evasive_images=10),
+    "certification": Certification(sigma=0.1, images=5, samples=50),
     "note": "Trained briefly.",
 }
 
@@ -104,6 +106,15 @@ def test_the_card_says_what_the_table_of_examples_says(evaluated):
             few = attack.error[epsilon].value * attack.error[epsilon].n
             assert report.error[epsilon].value * 30 >= min(few, 30) - 10  # DDN has 10 images more
     assert report.error["1/2"].value >= report.error["0.25"].value >= wrong[:30].mean()
+
+
+@pytest.mark.slow
+def test_what_is_proved_stands_beside_what_is_estimated(evaluated):
+    found, output = evaluated
+    assert [bound.kind for bound in found.bounds] == ["estimated", "probabilistic"]
+    proved = found.bounds[1]
+    assert proved.error["0.25"] <= proved.error["1/2"] == 1  # 50 copies prove no more than 0.12
+    assert (output / "certified.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import timeit
-from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
@@ -267,17 +266,20 @@ class Smoothed:
         for index in range(len(images)):
             count = functools.partial(self._count, images, index, splits)
             path = folder and folder / f"image-{index:05d}"
-            votes.append(count() if path is None else _kept(path, identity, count))
+            found = count() if path is None else checkpoint.kept(path, identity, count)
+            votes.append(found["votes"])
             bar.update(index + 1)
         return np.stack(votes)
 
-    def _count(self, images: np.ndarray, index: int, splits: tuple[int, ...]) -> np.ndarray:
+    def _count(
+        self, images: np.ndarray, index: int, splits: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
         """One image's votes, shape `(splits, num_classes)`."""
         classes = self.model.num_classes(images)
         batches = equal_batches(sum(splits), self.batch_size)
         answers = np.concatenate([self._answers(images, index, rows) for rows in batches])
         parts = np.split(answers[: sum(splits)], np.cumsum(splits)[:-1])
-        return np.stack([np.bincount(part, minlength=classes) for part in parts])
+        return {"votes": np.stack([np.bincount(part, minlength=classes) for part in parts])}
 
     def _answers(self, images: np.ndarray, index: int, copies: np.ndarray) -> np.ndarray:
         """The model's class of each noisy copy, shape of `copies`, their numbers."""
@@ -303,19 +305,6 @@ class Smoothed:
         digest.update(np.ascontiguousarray(images).data)
         digest.update(model.fingerprint())
         return digest.hexdigest()
-
-
-def _kept(path: pathlib.Path, identity: str, count: Callable[[], np.ndarray]) -> np.ndarray:
-    """The votes in the file at `path`, counted and written if there is none."""
-    if not path.exists():
-        checkpoint.save(path, {"votes": count()}, {"identity": identity})
-    arrays, meta = checkpoint.load(path)
-    if meta["identity"] != identity:
-        raise ValueError(
-            f"resume_dir {path.parent} holds other votes (other settings, images, weights or "
-            "backend). Use another folder, or remove that one."
-        )
-    return arrays["votes"]
 
 
 def _check_samples(samples: int, alpha: float, tails: int, selection_samples: int = 1) -> None:

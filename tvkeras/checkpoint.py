@@ -8,7 +8,7 @@ import pathlib
 import re
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -56,6 +56,25 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         DamagedError: If the file is truncated, altered or something else.
     """
     return unpack(path.read_bytes(), path)
+
+
+def kept(
+    path: pathlib.Path, identity: str, compute: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The result in the file at `path`, computed and written if there is none.
+
+    Raises:
+        ValueError: If the file holds a result of another identity.
+    """
+    if not path.exists():
+        save(path, compute(), {"identity": identity})
+    arrays, meta = load(path)
+    if meta["identity"] != identity:
+        raise ValueError(
+            f"resume_dir {path.parent} holds another call's results (other settings, images, "
+            "weights or backend). Use another folder, or remove that one."
+        )
+    return arrays
 
 
 def unpack(content: bytes, path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

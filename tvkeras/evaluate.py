@@ -13,6 +13,7 @@ from absl import flags
 from tvkeras import config, terminal, zoo
 from tvkeras.evaluation import subject, trials
 from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.detecting import Detection
 
 
@@ -20,7 +21,9 @@ def main(_: list[str]) -> None:
     """Parse, bind, call."""
     given = flags.FLAGS
     output = pathlib.Path(given.output or f"{given.model.removesuffix('.keras')}/evaluation")
-    configured = config.configurable(benchmark, (Detection, *trials.library_attacks()))
+    configured = config.configurable(
+        benchmark, (Certification, Detection, *trials.library_attacks())
+    )
     try:
         if not given.gin_file and not given.gin_param:
             raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")

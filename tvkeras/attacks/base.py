@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -148,7 +147,8 @@ class Attack:
         batches = equal_batches(len(labels), batch_size)
         size = len(batches[0])
         folder = None if resume_dir is None else pathlib.Path(resume_dir)
-        identity = folder and self._identity(model, images, labels, (epsilon, size, seed))
+        settings = (epsilon, size, seed)
+        identity = self._identity(model, images, labels, settings) if folder else ""
         bar = keras.utils.Progbar(len(batches), unit_name="batch") if progress else None
         parts = []
         for number, rows in enumerate(batches):
@@ -161,7 +161,7 @@ class Attack:
             if folder is None:
                 part = attack()
             else:
-                part = _kept(folder / f"batch-{number:05d}", identity, attack)
+                part = checkpoint.kept(folder / f"batch-{number:05d}", identity, attack)
             parts.append(part)
             if bar:
                 bar.update(number + 1)
@@ -275,18 +275,3 @@ def largest_distance(epsilon: float, norm: str, size: int) -> float:
     if norm == "l2":
         return math.hypot(radius, r * math.sqrt(size)) + r
     return radius + 2 * r * (math.sqrt(size) if norm == "l1" else 1)
-
-
-def _kept(
-    path: pathlib.Path, identity: Any, attack: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """The result in the file at `path`, computed and written if there is none."""
-    if not path.exists():
-        checkpoint.save(path, attack(), {"identity": identity})
-    arrays, meta = checkpoint.load(path)
-    if meta["identity"] != identity:
-        raise ValueError(
-            f"resume_dir {path.parent} holds another attack's results (other settings, images "
-            "or weights). Use another folder, or remove that one."
-        )
-    return arrays

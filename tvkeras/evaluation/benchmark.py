@@ -11,12 +11,13 @@ import numpy as np
 
 from tvkeras import attacks, checks, norms, runs
 from tvkeras.attacks import Attack
-from tvkeras.bounds import estimated_bound
+from tvkeras.bounds import Bound, SmoothedBound, estimated_bound
 from tvkeras.detection import gradient_norms
 from tvkeras.evaluation import detecting, figures, reports, trials
 from tvkeras.evaluation.auditing import audit
 from tvkeras.evaluation.card import AuditReport, BoundReport, Card, Rate
 from tvkeras.evaluation.case import ORDERS
+from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.corruptions import corrupted_classes
 from tvkeras.evaluation.detecting import Detection
 from tvkeras.evaluation.suite import Bench, run, write_csv
@@ -59,6 +60,7 @@ def benchmark(
     twin: keras.Model | Twin | None = None,
     held_out_images: np.ndarray | None = None,
     detection: Detection | None = None,
+    certification: Certification | None = None,
     name: str = "",
     dataset: str = "",
     note: str = "",
@@ -94,6 +96,8 @@ def benchmark(
         held_out_images: Images that neither trained the classifier nor are among
             `images`: with them a gradient-norm detector is made, and attacked.
         detection: How; by default `Detection()`.
+        certification: How the classifier under noise is certified, such as
+            `Certification(sigma=0.25)`, which takes hours; None for not at all.
         name: What to call the model.
         dataset: What to call the images.
         note: For the card: what its readers should know besides the figures.
@@ -136,8 +140,9 @@ def benchmark(
     audits = _audit(bench.first(audited_images), radii, twin) if audited_images else ()
     held_out = 0 if held_out_images is None else len(held_out_images)
     detected = [detecting.met(d, bench, outcomes, detection, held_out) for d in detectors]
+    certified = certification.certify(bench) if certification is not None else None
     beside = {twin.name: twin.distances} if isinstance(twin, Twin) else {}
-    drawn = figures.of_card(outcomes, attacked, detected, beside)
+    drawn = figures.of_card(outcomes, attacked, detected, beside, certified)
     return Card(
         name=name or bench.model.classifier.name,
         command="tvkeras.benchmark",
@@ -151,7 +156,7 @@ def benchmark(
         worst_case=reports.worst_cases(outcomes, radii),
         audit=audits,
         detection=tuple(found.report for found in detected),
-        bounds=_bounds(attacked, radii),
+        bounds=_bounds(attacked, radii, certified),
         figures={caption: file for file, (caption, _) in drawn.items()},
         versions=runs.versions(*_libraries(chosen)),
         note=note,
@@ -234,13 +239,19 @@ def _audit(
     return tuple(found)
 
 
-def _bounds(bench: Bench, radii: Mapping[str, Radii]) -> tuple[BoundReport, ...]:
-    size = bench.how["batch_size"]
-    found = [
-        estimated_bound(bench.model, bench.images, bench.labels, norm=norm, batch_size=size)
+def _bounds(
+    bench: Bench, radii: Mapping[str, Radii], certified: tuple[SmoothedBound, np.ndarray] | None
+) -> tuple[BoundReport, ...]:
+    size, labels = bench.how["batch_size"], bench.labels
+    found: list[tuple[Bound, np.ndarray]] = [
+        (estimated_bound(bench.model, bench.images, labels, norm=norm, batch_size=size), labels)
         for norm in radii
     ]
-    return tuple(reports.bound_report(bound, bench.labels, radii[bound.norm]) for bound in found)
+    if certified is not None:
+        found.append(certified)
+    return tuple(
+        reports.bound_report(bound, labels, radii.get(bound.norm, ())) for bound, labels in found
+    )
 
 
 def _corruptions(bench: Bench) -> dict[str, Rate]:

@@ -1,5 +1,6 @@
 """What is certified of a classifier under noise, beside what attacks leave standing."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +8,51 @@ import matplotlib.figure
 import numpy as np
 
 from tvkeras import checks, inputs
-from tvkeras.bounds import SmoothedBound
+from tvkeras.bounds import Smoothed, SmoothedBound
 from tvkeras.evaluation.card import Rate
 from tvkeras.evaluation.reports import rate
+from tvkeras.evaluation.suite import Bench
 
 POINTS = 200  # of a curve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certification:
+    """How a card certifies the classifier under noise (`tvkeras.bounds.Smoothed`).
+
+    Attributes:
+        sigma: Standard deviation of the noise, in units of [0, 1]; the classifier should be
+            trained under such.
+        images: How many test images, evenly spaced over all.
+        samples: Noisy copies of each that bound its probability.
+        alpha: Probability, for each image, that its radius is wrong.
+
+    Raises:
+        ValueError: For an illegal argument.
+    """
+
+    sigma: float
+    images: int = 500
+    samples: int = 10_000
+    alpha: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Checks what `Smoothed` does not know."""
+        checks.whole_number("images", self.images, minimum=1)
+
+    def certify(self, bench: Bench) -> tuple[SmoothedBound, np.ndarray]:
+        """The bound of these images, and their labels."""
+        rows = np.arange(0, len(bench.labels), max(1, len(bench.labels) // self.images))
+        rows = rows[: self.images]
+        folder = bench.how["resume_dir"]
+        bound = Smoothed(bench.model, self.sigma, seed=bench.how["seed"]).certify(
+            bench.images[rows],
+            samples=self.samples,
+            alpha=self.alpha,
+            progress=bench.how["progress"],
+            resume_dir=folder and pathlib.Path(folder) / "certified",
+        )
+        return bound, bench.labels[rows]
 
 
 def certified_accuracy(

@@ -10,9 +10,11 @@ import matplotlib.figure
 import numpy as np
 
 from tvkeras import checks
+from tvkeras.bounds import SmoothedBound
 from tvkeras.detection import ROC
 from tvkeras.evaluation import suite
 from tvkeras.evaluation.card import Rate
+from tvkeras.evaluation.certified import accuracy_curves
 from tvkeras.evaluation.detecting import Detected
 from tvkeras.evaluation.suite import Bench, Outcome
 from tvkeras.inputs import as_float
@@ -25,6 +27,7 @@ def of_card(
     bench: Bench,
     detected: Sequence[Detected],
     others: Mapping[str, Mapping[str, np.ndarray]],
+    certified: tuple[SmoothedBound, np.ndarray] | None = None,
 ) -> dict[str, tuple[str, Callable[[pathlib.Path], None]]]:
     """The figures of a card, by file name: the caption, and what draws it into a file.
 
@@ -33,6 +36,7 @@ def of_card(
         bench: The attacked images.
         detected: What detectors noticed.
         others: Worst-case distances of models to draw beside this one, by name and norm.
+        certified: What is proved of it under noise, and these images' labels.
     """
     lines = {
         norm: {
@@ -52,6 +56,11 @@ def of_card(
         distance_curves,
         lines,
     )
+    if certified is not None:
+        caption = "Certified accuracy under noise, and accuracy under attack without"
+        worst = suite.worst_case(outcomes, "l2")
+        attacked = {"attacked, without noise": worst} if len(worst) else {}
+        add("certified.png", caption, accuracy_curves, *certified, attacked)
     for found in detected:
         name, threshold = found.report.statistic, found.report.threshold
         caption = f"Gradient norms ({name}), clean and attacked"

@@ -13,6 +13,7 @@ from tests.conftest import BACKEND, ROOT
 from tvkeras import config
 from tvkeras.evaluation import trials
 from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.detecting import Detection
 
 PAGES = {
@@ -89,7 +90,7 @@ def test_commands_run(page, checkout):
 @pytest.mark.parametrize("page", [page for page in PAGES if [*commands(page)]])
 def test_settings_of_commands_bind(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config.configurable(benchmark, (Detection, *trials.library_attacks()))
+    config.configurable(benchmark, (Certification, Detection, *trials.library_attacks()))
     for module, flags in commands(page):
         files, bindings = flags.get("gin_file", []), flags.get("gin_param", [])
         if module == "tvkeras.train":

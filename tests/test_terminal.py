@@ -79,7 +79,7 @@ def test_commands_choose_kernels_and_who_has_chosen_is_heard(tmp_path):
 
 
 def test_errors_from_gin_hold_no_addresses():
-    config.bind(["gin/digits_tv_lip.gin"], ["Recipe.defense=@sgd"])
+    config.bind(["gin/digits_tv_lip.gin"], ["Recipe.label_smoothing=@sgd"])
     with pytest.raises(ValueError, match="must be") as caught:
         config.settings()
     with pytest.raises(SystemExit, match="error: ") as ended:

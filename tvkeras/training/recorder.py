@@ -159,7 +159,7 @@ class Recorder(keras.callbacks.Callback):
         if checking or number:  # the same in all processes, which end at the same step
             self._checked = done
             self._check_loss(f"step {done}", logs)  # a running mean keeps a NaN
-        if number or (self._inside and self._is_due() and not _lost(logs)):
+        if number or (self._inside and self._is_due() and not lost(logs)):
             try:
                 self._save()
             except OSError as error:
@@ -227,6 +227,9 @@ class Recorder(keras.callbacks.Callback):
         }
         with self._writing():
             arrays = checkpoint.values(_variables(self.model))
+            for name, array in arrays.items():  # BatchNorm may hide it from the loss of the step
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise self._diverged(f"{name} is not finite", self._position())
             checkpoint.save(
                 self._run.checkpoint_path, arrays, meta, previous=self._run.previous_checkpoint_path
             )
@@ -259,13 +262,15 @@ class Recorder(keras.callbacks.Callback):
         )
 
     def _check_loss(self, where: str, logs: dict[str, Any]) -> None:
-        for name, value in _lost(logs).items():
-            raise FloatingPointError(
-                f"{name} is {value} in epoch {self.epoch + 1} at {where}, after "
-                f"{int(self.model.optimizer.iterations)} steps, at learning rate "
-                f"{self._learning_rate():.3g}. {self._last_good()}. Lower the learning rate, "
-                "raise fd_step, or clip the gradient (sgd.clip_norm)."
-            )
+        for name, value in lost(logs).items():
+            raise self._diverged(f"{name} is {value}", f"epoch {self.epoch + 1} at {where}")
+
+    def _diverged(self, what: str, where: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} in {where}, after {int(self.model.optimizer.iterations)} steps, at learning "
+            f"rate {self._learning_rate():.3g}. {self._last_good()}. Lower the learning rate, "
+            "raise fd_step, or clip the gradient (sgd.clip_norm)."
+        )
 
     def _learning_rate(self) -> float:
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -282,8 +287,8 @@ class Recorder(keras.callbacks.Callback):
         )
 
 
-def _lost(logs: dict[str, Any]) -> dict[str, float]:
-    """The losses that are no longer finite, by name."""
+def lost(logs: dict[str, Any]) -> dict[str, float]:
+    """The losses in an epoch's logs that are no longer finite, by name."""
     losses = {name: float(logs[name]) for name in ("loss", "val_loss") if name in logs}
     return {name: value for name, value in losses.items() if not math.isfinite(value)}
 

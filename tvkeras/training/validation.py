@@ -1,6 +1,5 @@
 """Robust accuracy on held-out images after each epoch, to choose the best one by."""
 
-import math
 from typing import Any
 
 import keras
@@ -8,6 +7,7 @@ import numpy as np
 
 from tvkeras import attacks, checks, data
 from tvkeras.inference import CompiledClassifier
+from tvkeras.training.recorder import lost
 
 ATTACKED_IMAGES = 1000
 STEPS = 5
@@ -51,8 +51,8 @@ class RobustValidation(keras.callbacks.Callback):
         self._epsilon = checks.epsilon(epsilon, "validation_epsilon")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Attacks the classifier as it is now, unless its loss is lost."""
-        if logs is None or not math.isfinite(logs["loss"]):
+        """Attacks the classifier as it is now, unless a loss of it is no longer finite."""
+        if logs is None or lost(logs):
             return
         model = CompiledClassifier.kept(self.model)  # as `model` is asked for, JAX's too
         result = self._attack(model, self._images, self._labels, epsilon=self._epsilon)

@@ -10,19 +10,25 @@ the script trains both ways and prints both.
 """
 
 import dataclasses
-import json
 
 import keras
 import numpy as np
 from absl import app, flags
 
 import tvkeras
-from tvkeras import data, evaluation, zoo
+from tvkeras import data, zoo
 
 ENTRY = "resnet9_32_tv_lip"
 DEFENSES = {
     "without penalty": tvkeras.Undefended(),
     "TV + Lipschitz": tvkeras.TVLipschitz(tv_weight=0.1, lipschitz_weight=7.8e-4, fd_step=0.1),
+}
+
+QUICK_CHECK = {
+    "norm": "l2",
+    "epsilons": (0.5, 1.0),
+    "suite": [tvkeras.attacks.ProjectedGradient(steps=20)],
+    "audited_images": 0,
 }
 
 
@@ -57,9 +63,7 @@ def main(_: list[str]) -> None:
     test = enlarged(data.load("digits", "test")).take(np.arange(200), "first 200")
     for name, defense in DEFENSES.items():
         classifier = fine_tune(defense, training, given.epochs)
-        results = evaluation.measure(classifier, test, epsilons=(0.5, 1.0), attacked_images=200)
-        errors = {"clean": results["clean_error"], **results["pgd_error"]}
-        print(f"{name}: error by l2 radius {json.dumps(errors)}")
+        print(tvkeras.benchmark(classifier, test.images, test.labels, name=name, **QUICK_CHECK))
     classifier.save(given.output)
     print(f"saved: {given.output}")
 

@@ -9,7 +9,7 @@ from keras import layers
 
 import tvkeras
 from tests.conftest import BACKEND
-from tvkeras import attacks, bounds, data, evaluation
+from tvkeras import attacks, bounds, evaluation
 from tvkeras.detection import GradientNormDetector, gradient_norms
 from tvkeras.evaluation import suite, trials
 from tvkeras.inference import CompiledClassifier, loss_statistics
@@ -62,14 +62,14 @@ def attacking(attack):
     return lambda model, images, labels: attack(model, images, labels, **radius)
 
 
-def examples(images, labels):
-    return data.Examples(
-        name="n", split="s", images=images, labels=labels, num_classes=CLASSES, checksum=""
-    )
-
-
 DETECTOR = GradientNormDetector(norm="l2", statistic="loss", threshold=0.3)
 TRIALS = [trials.Trial(name="pgd", attack=NATIVE["pgd"], epsilons=(0.1,), images=4)]
+BRIEF = {
+    "epsilons": {"l2": (0.1,)},
+    "suite": TRIALS,
+    "audited_images": 0,
+    "corruptions": False,
+}
 FIT = {"batch_size": 2, "verbose": 0, "shuffle": False}
 
 LABELLED = {
@@ -77,7 +77,7 @@ LABELLED = {
     "loss_statistics": lambda m, x, y: loss_statistics(m, x, y, "l2"),
     "estimated": bounds.estimated_bound,
     "audit": lambda m, x, y: evaluation.audit(m, x, y, norm="l2", epsilons=(0.1,), steps=2),
-    "measure": lambda m, x, y: evaluation.measure(m, examples(x, y), epsilons=(0.1,)),
+    "benchmark": lambda m, x, y: tvkeras.benchmark(m, x, y, **BRIEF),
     "suite": lambda m, x, y: suite.run(m, x, y, TRIALS)[0].results["0.1"],
 }
 UNLABELLED = {
@@ -108,7 +108,7 @@ ENTRIES = {**LABELLED, **UNLABELLED, **TRAINED}
 # What computes here: the dear ones have tests of their own, and JAX gets one of each family.
 COMPUTED = [name for name in ENTRIES if name not in ("audit", "autoattack")]
 if BACKEND != "tensorflow":
-    COMPUTED = ["pgd", "fmn", "measure", "scores", "smoothed", "fit"]
+    COMPUTED = ["pgd", "fmn", "benchmark", "scores", "smoothed", "fit"]
 
 
 def numbers(result):

@@ -7,10 +7,10 @@ import pytest
 
 import tvkeras
 from tests.conftest import BACKEND, DUAL_ORDER, ORDER, Counted, batch, counted, linear, net, scaled
-from tvkeras import attacks, evaluation, norms
+from tvkeras import attacks, norms
 from tvkeras.attacks.base import Batch
 from tvkeras.attacks.parts import tempered
-from tvkeras.inference import CompiledClassifier
+from tvkeras.inference import CompiledClassifier, loss_statistics
 
 
 def losses(classifier, images, labels):
@@ -361,40 +361,19 @@ def test_bad_settings(name, arguments, message):
         getattr(attacks, name)(**arguments)
 
 
-def test_measure_agrees_with_direct_computation(digits):
-    _, test = digits
-    classifier = tvkeras.models.build("small_cnn", 10, width=4)
-    report = evaluation.measure(classifier, test, epsilons=(0.0, 0.5), attacked_images=100)
-    images = test.images.astype("float32") / 255
-    predicted = classifier.predict(images, verbose=0).argmax(axis=1)
-    assert report["clean_error"] == pytest.approx((predicted != test.labels).mean())
-    assert report["loss"] == pytest.approx(losses(classifier, images, test.labels).mean(), rel=1e-4)
-    first = (predicted != test.labels)[:100].mean()
-    assert report["pgd_error"]["0.0"] == report["fgsm_error"]["0.0"] == pytest.approx(first)
-    assert report["pgd_error"]["0.5"] >= report["pgd_error"]["0.0"]
-
-
-def test_measured_gradient_norms_are_those_of_single_images(digits):
+def test_loss_statistics_are_those_of_single_images(digits):
     _, test = digits
     few = test.take(np.arange(6), "few")
+    images = few.images.astype("float32") / 255
     classifier = tvkeras.models.build("small_cnn", 10, width=4, activation="softplus")
-    report = evaluation.measure(classifier, few, epsilons=(), norm="linf")
-    sizes = []
-    for image, label in zip(few.images.astype("float32") / 255, few.labels, strict=True):
+    model = CompiledClassifier.of(classifier)
+    found, predicted, sizes = loss_statistics(model, few.images, few.labels, "linf", batch_size=4)
+    np.testing.assert_allclose(found, losses(classifier, images, few.labels), rtol=1e-4)
+    np.testing.assert_array_equal(predicted, classifier.predict_on_batch(images).argmax(axis=1))
+    for image, label, size in zip(images, few.labels, sizes, strict=True):
         shifts = 1e-2 * np.eye(64, dtype="float32").reshape(64, 8, 8, 1)
-        both = np.concatenate([image + shifts, image - shifts])
-        values = losses(classifier, both, np.full(128, label))
-        sizes.append(np.abs(values[:64] - values[64:]).sum() / 2e-2)
-    assert report["gradient_norm"] == "l1"
-    assert report["gradient_norm_mean"] == pytest.approx(np.mean(sizes), rel=1e-2)
-    assert report["gradient_norm_max"] == pytest.approx(np.max(sizes), rel=1e-2)
-
-
-def test_error_curves_are_drawn(tmp_path):
-    report = {
-        "norm": "l2",
-        "attacked_images_clean_error": 0.1,
-        "pgd_error": {"0.1": 0.2, "100/255": 0.9},
-    }
-    evaluation.error_curves({"one": report, "two": report}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        values = losses(
+            classifier, np.concatenate([image + shifts, image - shifts]), np.full(128, label)
+        )
+        l1 = np.abs(values[:64] - values[64:]).sum() / 2e-2
+        assert size == pytest.approx(l1, rel=1e-2)

@@ -552,6 +552,8 @@ def test_errors_are_in_the_order_of_the_weights(tmp_path):
     assert errors == dict.fromkeys(("clean", "l2 1/2"), [by_hand().clean_error] * 3)
     figures.over_regularisation(labels, errors, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    figures.error_curves({"one": by_hand(), "two": by_hand()}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     other = by_hand(worst_case=(dataclasses.replace(weak.worst_case[0], norm="linf"),))
     for bad, message in ((other, "share no norm and radius"), (trades, r"got .*TRADES")):
         with pytest.raises(ValueError, match=message):

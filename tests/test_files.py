@@ -99,4 +99,4 @@ def test_a_run_on_ones_own_images(folder, pixels, kind, tmp_path_factory):
     settings += ["Network.arguments={'width': 2}", "Task.epsilons=(0.1,)"]
     config.bind(["gin/digits_undefended.gin"], settings)
     run_dir = tmp_path_factory.mktemp("run")
-    assert train(run_dir, **config.settings())["images"] == 24
+    assert train(run_dir, **config.settings()).clean_error.n == 24

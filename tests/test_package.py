@@ -75,7 +75,7 @@ import sys
 sys.modules["tensorflow"] = None  # any import of it fails
 from tvkeras import config, train
 config.bind(["gin/digits_tv_lip.gin"], ["Recipe.epochs=1", "Network.arguments={{'width': 4}}"])
-print(train.train({str(tmp_path)!r}, **config.settings())["clean_error"])
+print(train.train({str(tmp_path)!r}, **config.settings()).clean_error.value)
 """
     assert 0 <= float(python(code, "jax").splitlines()[-1]) <= 1
 

@@ -70,8 +70,7 @@ def configurable(
 
 def settings() -> dict[str, Any]:
     """Arguments of `tvkeras.training.loop.train`, as the configuration has them."""
-    found = {name: _register(kind)() for name, kind in SETTINGS.items()}
-    return {**found, "configuration": operative}
+    return {name: _register(kind)() for name, kind in SETTINGS.items()}
 
 
 def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:

@@ -2,11 +2,11 @@
 
 import pathlib
 import sys
-from typing import Any
 
 from absl import flags
 
 from tvkeras import config, evaluation, terminal
+from tvkeras.evaluation import Card
 from tvkeras.training.loop import train
 
 EXPERIMENTS = {
@@ -18,7 +18,7 @@ EXPERIMENTS = {
 def main(_: list[str]) -> None:
     """Trains both, prints a table, writes a figure."""
     folder = pathlib.Path(flags.FLAGS.folder)
-    reports: dict[str, dict[str, Any]] = {}
+    cards: dict[str, Card] = {}
     for name, file in EXPERIMENTS.items():
         run_dir = folder / pathlib.Path(file).stem
         print(f"\nTraining {name} ({file})", flush=True)
@@ -27,23 +27,28 @@ def main(_: list[str]) -> None:
         except config.ConfigError as error:
             sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
         try:
-            reports[name] = train(run_dir, **config.settings())  # goes on with an earlier one
+            card = train(run_dir, **config.settings(), configuration=config.operative)
         except (ValueError, OSError) as error:
             terminal.fail(error)
+        if card is not None:
+            cards[name] = card
     figure = folder / "comparison.png"
-    evaluation.error_curves(reports, figure)
-    print(f"\n{_table(reports)}\n\nfigure: {figure}\nrun folders: {folder}/*")
+    evaluation.error_curves(cards, figure)
+    print(f"\n{_table(cards)}\n\nfigure: {figure}\nrun folders: {folder}/*")
 
 
-def _table(reports: dict[str, dict[str, Any]]) -> str:
-    radii = list(next(iter(reports.values()))["pgd_error"])
+def _table(cards: dict[str, Card]) -> str:
+    radii = list(next(iter(cards.values())).worst_case[0].error)
     heading = "".join(f"{f'PGD l2 {radius}':>13}" for radius in radii)
     lines = [f"{'test error, %':<16}{'clean':>7}{heading}{'mean |grad|':>13}{'max |grad|':>12}"]
-    for name, report in reports.items():
-        errors = "".join(f"{100 * report['pgd_error'][radius]:13.1f}" for radius in radii)
+    for name, card in cards.items():
+        errors = "".join(
+            f"{100 * error.value:13.1f}" for error in card.worst_case[0].error.values()
+        )
+        sizes = card.gradient_norms["loss"]
         lines.append(
-            f"{name:<16}{100 * report['clean_error']:7.1f}{errors}"
-            f"{report['gradient_norm_mean']:13.3f}{report['gradient_norm_max']:12.2f}"
+            f"{name:<16}{100 * card.clean_error.value:7.1f}{errors}"
+            f"{sizes['mean']:13.3f}{sizes['max']:12.2f}"
         )
     return "\n".join(lines)
 

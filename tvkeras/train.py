@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from tvkeras import backends, config, terminal
-from tvkeras.training.loop import train
+from tvkeras.training.loop import plan, train
 from tvkeras.training.recorder import TrainingInterrupt
 
 FLAGS = flags.FLAGS
@@ -26,16 +26,19 @@ def main(_: list[str]) -> None:
             raise ValueError("--gin_file must name an experiment, such as gin/cifar_tv_lip.gin.")
         name = "-".join(pathlib.Path(file).stem for file in FLAGS.gin_file)
         run_dir = FLAGS.run_dir or f"runs/{name}"
-        results = train(run_dir, **config.settings(), dry_run=FLAGS.dry_run)
+        settings = config.settings()
+        if FLAGS.dry_run:
+            print(json.dumps(plan(**settings), indent=2))
+            return
+        card = train(run_dir, **settings, configuration=config.operative)
     except (ValueError, OSError, FloatingPointError, backends.PeerError) as error:
         terminal.fail(error)
     except TrainingInterrupt as interruption:
         command = shlex.join(["python", "-m", "tvkeras.train", *sys.argv[1:]])
         print(f"{interruption} The same command goes on:\n{command}", file=sys.stderr)
         sys.exit(128 + interruption.number)
-    print(json.dumps(results, indent=2))
-    if not FLAGS.dry_run:
-        print(f"run folder: {run_dir}")
+    if card is not None:
+        print(f"{card}\nrun folder: {run_dir}")
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

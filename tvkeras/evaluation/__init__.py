@@ -10,17 +10,15 @@ if TYPE_CHECKING:
     from tvkeras.evaluation.auditing import audit
     from tvkeras.evaluation.card import Card, Check
     from tvkeras.evaluation.figures import error_curves
-    from tvkeras.evaluation.first_look import measure
 
 _HOMES = {
     "Card": "card",
     "Check": "card",
     "audit": "auditing",
     "error_curves": "figures",
-    "measure": "first_look",
 }
 
-__all__ = ["Card", "Check", "audit", "error_curves", "measure"]
+__all__ = ["Card", "Check", "audit", "error_curves"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from tvkeras import checks
 from tvkeras.bounds import SmoothedBound
 from tvkeras.detection import ROC
 from tvkeras.evaluation import suite
-from tvkeras.evaluation.card import Rate
+from tvkeras.evaluation.card import Card, Rate
 from tvkeras.evaluation.certified import accuracy_curves
 from tvkeras.evaluation.detecting import Detected
 from tvkeras.evaluation.suite import Bench, Outcome
@@ -83,20 +83,20 @@ def of_card(
     return drawn
 
 
-def error_curves(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws error against perturbation size, a line for each classifier.
+def error_curves(cards: Mapping[str, Card], path: pathlib.Path) -> None:
+    """Draws error under attack against the radius, a line for each card.
 
     Args:
-        reports: Results of `evaluation.measure`, by the name to show.
+        cards: Of one norm, the first of each that is drawn, by the name to show.
         path: The PNG to write.
     """
     with _panels(path, (6.4, 4.0)) as ((axes,),):
-        for name, report in reports.items():
-            radii = [0.0, *(checks.epsilon(radius) for radius in report["pgd_error"])]
-            errors = [report["attacked_images_clean_error"], *report["pgd_error"].values()]
-            axes.plot(radii, [100 * error for error in errors], marker="o", label=name)
-            norm = report["norm"]
-        axes.set(xlabel=f"perturbation size ({norm})", ylabel="error under 20-step PGD, %")
+        for name, card in cards.items():
+            worst = card.worst_case[0]
+            radii = [0.0, *(checks.epsilon(radius) for radius in worst.error)]
+            errors = [worst.clean_error, *worst.error.values()]
+            axes.plot(radii, [100 * error.value for error in errors], marker="o", label=name)
+        axes.set(xlabel=f"perturbation size ({worst.norm})", ylabel="error under attack, %")
         axes.set_ylim(0, 100)
         axes.grid(alpha=0.3)
         axes.legend()

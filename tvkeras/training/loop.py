@@ -14,9 +14,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from tvkeras import backends, checkpoint, data, evaluation, models, runs, zoo
+from tvkeras import attacks, backends, checkpoint, data, models, runs, zoo
 from tvkeras.backends import Devices
 from tvkeras.data import Splits
+from tvkeras.evaluation.benchmark import benchmark
+from tvkeras.evaluation.card import Card
+from tvkeras.evaluation.trials import Trial
 from tvkeras.runs import Run
 from tvkeras.training.classifier import RobustClassifier
 from tvkeras.training.losses import SmoothedCrossentropy
@@ -24,6 +27,7 @@ from tvkeras.training.recorder import Recorder
 from tvkeras.training.settings import Execution, Network, Recipe, Task
 from tvkeras.training.validation import RobustValidation, first_images
 
+PGD_STEPS = 20
 TIMED_STEPS = 5
 WHITENING_IMAGES = 2000
 
@@ -36,8 +40,7 @@ def train(
     recipe: Recipe,
     execution: Execution = Execution(),  # noqa: B008 (immutable)
     configuration: Callable[[], str] = str,
-    dry_run: bool = False,
-) -> dict[str, Any]:
+) -> Card | None:
     """Trains in a run folder, or goes on with the run that is in it, and measures.
 
     Args:
@@ -48,11 +51,11 @@ def train(
         execution: On what.
         configuration: Returns the settings as text, when all of them were used, for the
             folder's `config.gin`: a run goes on only with the same. By default there is none.
-        dry_run: Only find the plan, with the time of a few steps.
 
     Returns:
-        What `evaluation.measure` finds on the test set for the best epoch's weights;
-        nothing in the second and further ones of several processes.
+        The test error of the best epoch's weights, clean and under 20-step PGD: a quick
+        check, no robust accuracy to quote. None in the second and further ones of several
+        processes.
 
     Raises:
         ValueError: For an illegal argument, or a run folder of another configuration.
@@ -63,20 +66,15 @@ def train(
     """
     run = Run(pathlib.Path(run_dir))
     with contextlib.ExitStack() as stack:
-        devices = stack.enter_context(backends.spread(execution.devices))
-        policy = execution.policy(recipe.defense)  # of those devices
-        stack.enter_context(_dtype_policy(policy))
+        devices = stack.enter_context(_placed(execution, recipe))
         with backends.together():
             splits = _read(task, recipe, devices)
-        robust, about = _build(task, network, recipe, splits)
-        if dry_run:
-            seconds = about["steps_per_epoch"] * _seconds_per_step(robust, splits.train)
-            return {**about, "seconds_per_epoch": seconds}
+        robust, about = _build(network, recipe, splits)
         about |= _facts(task, network, recipe, execution, robust, splits, devices)
         with backends.together():
             if devices.process == 0:
                 stack.enter_context(run.locked())
-                run.claim(configuration(), about, {"policy": policy})
+                run.claim(configuration(), about, {"policy": keras.config.dtype_policy().name})
         minutes, number = execution.checkpoint_minutes, execution.checkpoint_steps
         recorder = Recorder(
             run, checkpoint_minutes=minutes, checkpoint_steps=number, devices=devices
@@ -88,7 +86,26 @@ def train(
                     run.describe(initial_weights_sha256=sha256)
         if recorder.epoch < recipe.epochs:
             _fit(robust, splits, task, recipe, recorder, run)
-    return _measured(run, task, splits, recorder) if devices.process == 0 else {}
+    return _measured(run, task, splits, recorder) if devices.process == 0 else None
+
+
+def plan(
+    *,
+    task: Task,
+    network: Network,
+    recipe: Recipe,
+    execution: Execution = Execution(),  # noqa: B008
+) -> dict[str, Any]:
+    """What `train` would do with these settings: steps, arithmetic, and seconds an epoch here.
+
+    Raises:
+        ValueError, tvkeras.data.DataNotFoundError: As `train`.
+    """
+    with _placed(execution, recipe) as devices:
+        splits = _read(task, recipe, devices)
+        robust, about = _build(network, recipe, splits)
+        seconds = about["steps_per_epoch"] * _seconds_per_step(robust, splits.train)
+        return {**about, "seconds_per_epoch": seconds}
 
 
 def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
@@ -120,13 +137,15 @@ def load_start(classifier: keras.Model, source: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
+def _placed(execution: Execution, recipe: Recipe) -> Iterator[Devices]:
+    """Devices to train on, and inside, the precision that suits them."""
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
+    with backends.spread(execution.devices) as devices:
+        keras.config.set_dtype_policy(execution.policy(recipe.defense))
+        try:
+            yield devices
+        finally:
+            keras.config.set_dtype_policy(before)
 
 
 def _read(task: Task, recipe: Recipe, devices: Devices) -> Splits:
@@ -153,7 +172,7 @@ def _read(task: Task, recipe: Recipe, devices: Devices) -> Splits:
 
 
 def _build(
-    task: Task, network: Network, recipe: Recipe, splits: Splits
+    network: Network, recipe: Recipe, splits: Splits
 ) -> tuple[RobustClassifier, dict[str, Any]]:
     """The compiled classifier, and what training it costs."""
     random.seed(recipe.seed)  # Keras draws every layer's seed from here, on all backends
@@ -256,21 +275,34 @@ def _fit(
         )
 
 
-def _measured(run: Run, task: Task, splits: Splits, recorder: Recorder) -> dict[str, Any]:
+def _measured(run: Run, task: Task, splits: Splits, recorder: Recorder) -> Card:
     """Measures the weights that are published, on one device, and notes it in `run.json`."""
-    results = evaluation.measure(
+    pgd = attacks.ProjectedGradient(norm=task.norm, steps=PGD_STEPS)
+    card = benchmark(
         run.classifier(),
-        splits.test,
+        splits.test.images,
+        splits.test.labels,
         norm=task.norm,
         epsilons=task.epsilons,
+        suite=[Trial(name=f"PGD {task.norm}", attack=pgd)],
         attacked_images=task.attacked_images,
+        audited_images=0,
+        corruptions=False,
+        name=run.folder.name,
+        dataset=f"{splits.test.name} {splits.test.split}",
     )
+    errors = card.worst_case[0].error
     run.describe(
         train_seconds=round(recorder.seconds, 1),
         writing_seconds=round(recorder.writing_seconds, 1),
-        results=results,
+        results={
+            "clean_error": card.clean_error.value,
+            "pgd_error": {radius: error.value for radius, error in errors.items()},
+            "gradient_norm_mean": card.gradient_norms["loss"]["mean"],
+            "gradient_norm_max": card.gradient_norms["loss"]["max"],
+        },
     )
-    return results
+    return card
 
 
 def _seconds_per_step(robust: RobustClassifier, batches: keras.utils.PyDataset) -> float:

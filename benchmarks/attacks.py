@@ -13,7 +13,6 @@ torchattacks (on a PyTorch copy of the network) where they are installed.
 import contextlib
 from collections.abc import Callable
 
-import tvkeras  # noqa: F401  # isort: skip  (first: it chooses TensorFlow's kernels)
 import foolbox
 import keras
 import numpy as np

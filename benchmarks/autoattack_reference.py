@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 from absl import app, flags
 
+import tvkeras
 import tvkeras.data
 from benchmarks.common import Clock, described
 from tvkeras import attacks, config, runs

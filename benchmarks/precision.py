@@ -7,11 +7,11 @@ Prints the mean relative error of the quotient as an estimate of the gradient's 
 ResNeXt. `tvkeras.defenses.MIN_FD_STEP` rests on it.
 """
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 from absl import app
 
+import tvkeras
 from tvkeras import backends, norms
 
 STEPS = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

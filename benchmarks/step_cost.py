@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 from absl import app, flags
+
+import tvkeras
 
 PENALTY = {"norm": "l2", "tv_weight": 0.1, "lipschitz_weight": 0.1, "fd_step": 1e-2}
 VARIANTS = {

@@ -9,10 +9,10 @@ says, and ends in a softmax, which `tvkeras.logits` takes off.
 
 import argparse
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 
+import tvkeras
 from tvkeras import data
 
 

@@ -14,10 +14,10 @@ SETTINGS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={SETTINGS.get('local', 2)}"
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 import numpy as np
 
+import tvkeras
 from tests.conftest import net, prepared
 from tests.resumable import ending, kill
 from tvkeras import backends, config, data

@@ -6,10 +6,10 @@ import random
 import signal
 import sys
 
-import tvkeras  # isort: skip  (first: it chooses TensorFlow's kernels)
 import keras
 from keras import layers
 
+import tvkeras
 from tvkeras import checkpoint, runs
 from tvkeras.training.averaging import Lookahead
 from tvkeras.training.losses import SmoothedCrossentropy

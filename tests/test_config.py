@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 
 import gin
@@ -103,3 +104,16 @@ def test_a_bad_value_is_refused_when_it_is_used():
     config.bind(["gin/digits_tv_lip.gin"], ["TVLipschitz.tv_weight='a lot'"])
     with pytest.raises(ValueError, match="tv_weight must be a number or a fraction"):
         config.settings()
+
+
+def test_the_listing_holds_all_settings_and_is_gin(tmp_path):
+    config.bind(["gin/digits_tv_lip.gin"], ["Recipe.epochs=7"])
+    text = config.listing()
+    lines = text.splitlines()
+    assert "Recipe.epochs = 7" in lines
+    assert "# Recipe.ramp = 0.0" in lines
+    assert not any(line.startswith("# Recipe.epochs") for line in lines)
+    (tmp_path / "listed.gin").write_text(text.replace("# Recipe.ramp = 0.0", "Recipe.ramp = 0.5"))
+    before = config.settings()["recipe"]
+    config.bind([str(tmp_path / "listed.gin")])
+    assert config.settings()["recipe"] == dataclasses.replace(before, ramp=0.5)

@@ -21,6 +21,7 @@ from keras import ops
 from tvkeras import checkpoint, checks, norms
 from tvkeras.inference import CompiledClassifier, Logits, equal_batches, loss_statistics
 from tvkeras.inputs import as_float
+from tvkeras.progress import Progress
 
 Tensor = Any
 
@@ -210,7 +211,7 @@ class Smoothed:
             samples: Copies of each image that bound the probability (the paper's n).
             selection_samples: Copies that choose the class (n0).
             alpha: Probability, for each image, that its class or radius is wrong.
-            progress: Whether to say first how long it takes, and to show a progress bar.
+            progress: Whether to say first how long it takes, and then how far it is.
             resume_dir: Folder that keeps each image's votes; an interrupted call goes on
                 from there, with another `alpha` or batch size too.
 
@@ -257,18 +258,19 @@ class Smoothed:
         self.model.logits(as_float(images[:1], self.model.bounds))  # refuses other than logits
         folder = None if folder is None else pathlib.Path(folder)
         identity = "" if folder is None else self._identity(images, splits)
+        done = len([*folder.glob("image-*")]) if folder else 0
         if progress:
-            left = len(images) - len(list(folder.glob("image-*")) if folder else [])
+            left = len(images) - done
             minutes = self.cost(images[:1], sum(splits)) * left / 60
             print(f"{left} images, {sum(splits):,} noisy copies each: about {minutes:.1f} min")
-        bar = keras.utils.Progbar(len(images), verbose=int(progress), unit_name="image")
+        said = Progress("certified", len(images), "images", done=done, shown=progress)
         votes = []
         for index in range(len(images)):
             count = functools.partial(self._count, images, index, splits)
             path = folder and folder / f"image-{index:05d}"
             found = count() if path is None else checkpoint.kept(path, identity, count)
             votes.append(found["votes"])
-            bar.update(index + 1)
+            said.update(index + 1)
         return np.stack(votes)
 
     def _count(

@@ -1,4 +1,6 @@
-"""Compares evaluated models: `python -m tvkeras.compare MODEL MODEL ... [--figure=comparison.png]`.
+"""Compares evaluated models.
+
+    python -m tvkeras.compare MODEL MODEL ... [--figure=comparison.png]
 
 MODEL is a run folder or the name of a zoo entry. Prints, as Markdown, the paper's tables: errors,
 distances and gradients; attack by attack; detection. The figure shows over-regularisation: clean

@@ -49,10 +49,11 @@ class ConfigError(ValueError):
 
 
 def define_flags() -> None:
-    """Defines --gin_file and --gin_param, for the program that calls it."""
+    """Defines --gin_file, --gin_param and --settings, for the program that calls it."""
     flags.disclaim_key_flags()  # they are the caller's, whose --help lists them
     flags.DEFINE_multi_string("gin_file", [], "A gin file; later ones win.")
     flags.DEFINE_multi_string("gin_param", [], "A binding, such as Recipe.epochs=30.")
+    flags.DEFINE_bool("settings", False, "Print what is set, and all that can be, and stop.")
 
 
 def configurable(
@@ -94,6 +95,17 @@ def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
         raise ConfigError(f"{error}\nLegal settings:\n{_legal()}") from error
 
 
+def listing() -> str:
+    """What is bound, and as comments the defaults of all else that can be, as a gin file."""
+    defaults = [
+        f"# {function.__name__}.{name} = {parameter.default!r}"
+        for function in sorted(_REGISTERED, key=lambda function: function.__name__)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty and not _is_bound(function, name)
+    ]
+    return "\n".join([gin.config_str(), "# Not set; by default:", *defaults])
+
+
 def operative() -> str:
     """Every setting that was used, defaults included, as a gin file."""
     return str(gin.operative_config_str())
@@ -119,6 +131,14 @@ def _refuse_unread_macros(config: dict[tuple[str, str], Any]) -> None:
             f"nothing reads the macros {sorted(unread)}; those that are read: {sorted(read)}. "
             "A setting is written configurable.argument=value."
         )
+
+
+def _is_bound(function: Callable[..., Any], name: str) -> bool:
+    try:
+        gin.query_parameter(f"{function.__name__}.{name}")
+    except ValueError:
+        return False
+    return True
 
 
 def _legal() -> str:

@@ -1,7 +1,10 @@
-"""Evaluates a model: `python -m tvkeras.evaluate --gin_file=gin/evaluate_cifar.gin --model=RUN`.
+"""Attacks a model and writes its card.
+
+    python -m tvkeras.evaluate --gin_file=gin/evaluate_cifar.gin --model=MODEL
 
 MODEL is a run folder, the name of a zoo entry, or a `.keras` file, for which --dataset names the
-test images; `--gin_param='benchmark.bounds=(0, 255)'` if it takes such.
+test images; `--gin_param='benchmark.bounds=(0, 255)'` if it takes such. The same command goes on
+with an evaluation that was interrupted.
 """
 
 import pathlib
@@ -28,6 +31,9 @@ def main(_: list[str]) -> None:
         if not given.gin_file and not given.gin_param:
             raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")
         config.bind(given.gin_file, given.gin_param)
+        if given.settings:
+            print(config.listing())
+            return
         model = subject.Subject.of(zoo.find(given.model), given.dataset, given.split)
         twin = subject.twin(pathlib.Path(given.twin), model.dataset) if given.twin else None
         command = shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]])

@@ -1,4 +1,7 @@
-"""Exports to TensorFlow Serving: `python -m tvkeras.export --model=RUN --output=DIR`."""
+"""Exports a model and its detector to TensorFlow Serving.
+
+python -m tvkeras.export --model=MODEL --output=FOLDER
+"""
 
 from absl import flags
 

@@ -1,4 +1,9 @@
-"""Trains a robust classifier: `python -m tvkeras.train --gin_file=gin/cifar_tv_lip.gin`."""
+"""Trains a robust classifier.
+
+    python -m tvkeras.train --gin_file=gin/cifar_tv_lip.gin [--gin_param=Recipe.epochs=30]
+
+The same command goes on with a run that was interrupted.
+"""
 
 import json
 import pathlib
@@ -26,6 +31,9 @@ def main(_: list[str]) -> None:
             raise ValueError("--gin_file must name an experiment, such as gin/cifar_tv_lip.gin.")
         name = "-".join(pathlib.Path(file).stem for file in FLAGS.gin_file)
         run_dir = FLAGS.run_dir or f"runs/{name}"
+        if FLAGS.settings:
+            print(config.listing())
+            return
         settings = config.settings()
         if FLAGS.dry_run:
             print(json.dumps(plan(**settings), indent=2))

@@ -13,6 +13,7 @@ import numpy as np
 from tvkeras import checkpoint, checks, norms
 from tvkeras.inference import CompiledClassifier, Logits, Randomness, Tensor, equal_batches
 from tvkeras.inputs import UNIT, as_float
+from tvkeras.progress import Progress
 
 ORDERS = {"l1": 1, "l2": 2, "linf": np.inf}  # as NumPy calls the norms
 
@@ -131,7 +132,7 @@ class Attack:
                 takes one.
             batch_size: Images in a batch, at most.
             seed: Of the attack's random numbers.
-            progress: Whether to show a progress bar.
+            progress: Whether to say how many batches are done, and how long the rest takes.
             resume_dir: Folder that keeps each batch's result; an interrupted call goes
                 on from there.
 
@@ -149,7 +150,9 @@ class Attack:
         folder = None if resume_dir is None else pathlib.Path(resume_dir)
         settings = (epsilon, size, seed)
         identity = self._identity(model, images, labels, settings) if folder else ""
-        bar = keras.utils.Progbar(len(batches), unit_name="batch") if progress else None
+        title = f"{type(self).__name__} {self.norm} {'' if epsilon is None else epsilon}".rstrip()
+        kept = len([*folder.glob("batch-*")]) if folder else 0
+        said = Progress(title, len(batches), "batches", done=kept, shown=progress)
         parts = []
         for number, rows in enumerate(batches):
             batch_seed = int(np.random.default_rng((seed, number)).integers(2**31))
@@ -163,8 +166,7 @@ class Attack:
             else:
                 part = checkpoint.kept(folder / f"batch-{number:05d}", identity, attack)
             parts.append(part)
-            if bar:
-                bar.update(number + 1)
+            said.update(number + 1)
         arrays = {
             name: np.concatenate([p[name] for p in parts])[: len(labels)] for name in parts[0]
         }

@@ -13,6 +13,7 @@ from tvkeras.evaluation.card import AuditReport
 from tvkeras.evaluation.case import ORDERS, Case
 from tvkeras.inference import CompiledClassifier
 from tvkeras.inputs import as_float
+from tvkeras.progress import Progress
 
 PRECONDITIONS = (
     sanity.images_in_bounds,
@@ -55,6 +56,7 @@ def audit(
     relative_step: float | None = None,
     surrogate: keras.Model | CompiledClassifier | None = None,
     batch_size: int = 250,
+    progress: bool = False,
 ) -> AuditReport:
     """Checks the classifier, PGD's results on it, and looks for signs of gradient masking.
 
@@ -76,6 +78,7 @@ def audit(
         surrogate: Another classifier of the same images, such as an undefended twin,
             whose adversarial images are tried on this one.
         batch_size: Images in a batch, at most.
+        progress: Whether to say how many checks are done, and how long the rest takes.
 
     Raises:
         ValueError: For an illegal argument, images or labels that are none of the
@@ -101,7 +104,10 @@ def audit(
     )
     found = [check(case) for check in PRECONDITIONS]
     if all(check.status != "fail" for check in found):
-        found += [check(case) for check in CHECKS]
+        said = Progress(f"audit {norm}", len(CHECKS), "checks", shown=progress)
+        for number, check in enumerate(CHECKS):
+            found.append(check(case))
+            said.update(number + 1)
         if case.logits.shape[1] >= CLASSES["dlr"]:
             found.append(masking.margin_loss(case))
         if surrogate is not None:

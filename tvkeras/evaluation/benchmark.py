@@ -103,7 +103,7 @@ def benchmark(
         note: For the card: what its readers should know besides the figures.
         batch_size: Images in a batch; by default 250, or fewer where they are large.
         seed: Of everything random.
-        progress: Whether to say what runs, with progress bars.
+        progress: Whether to say what runs, and how long it takes.
         resume_dir: Folder that keeps each batch of each attack; an interrupted call goes
             on from there.
 
@@ -222,8 +222,6 @@ def _audit(
             unknown: dict[str, Any] = {"images": 0, "surrogate": None, "checks": ()}
             found.append(AuditReport(norm=norm, verdict="not audited", **unknown))
             continue
-        if bench.how["progress"]:
-            print(f"audit {norm}", flush=True)
         report = audit(
             bench.model,
             bench.images,
@@ -233,6 +231,7 @@ def _audit(
             seed=bench.how["seed"],
             surrogate=other,
             batch_size=bench.how["batch_size"],
+            progress=bench.how["progress"],
         )
         name = twin.name if twin is not None and other is not None else None
         found.append(dataclasses.replace(report, surrogate=name))

@@ -96,7 +96,7 @@ def run(
         trials: The attacks, with their radii; their names differ (`trials.chosen`).
         batch_size: Images in a batch.
         seed: Of the attacks.
-        progress: Whether to say what runs, with progress bars.
+        progress: Whether to say what runs, and how long it takes.
         resume_dir: Folder that keeps each batch's result; an interrupted call goes on
             from there.
 
@@ -111,8 +111,6 @@ def run(
         results = {}
         for epsilon in trial.epsilons or (None,):
             text = "" if epsilon is None else str(epsilon)
-            if progress:
-                print(f"{trial.name} {text}".rstrip(), flush=True)
             folder = text.replace("/", "_")
             results[text] = trial.attack(
                 model,

@@ -5,6 +5,7 @@ import csv
 import io
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 
 from tvkeras import backends, checkpoint, runs
 from tvkeras.backends import Devices
+from tvkeras.progress import Progress
 from tvkeras.runs import Run
 
 CHECK_STEPS = 20  # between looks at the loss and, of several processes, at each other's signals
@@ -141,6 +143,14 @@ class Recorder(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """In an epoch that is partly done, sets the metrics to their sums so far."""
         self._checked = self.step
+        steps, epochs = self.params["steps"], self.params["epochs"]
+        self._said = Progress(
+            f"epoch {epoch + 1}/{epochs}",
+            steps,
+            "steps",
+            done=self.step,
+            shown=self._writes and not sys.stdout.isatty(),  # where Keras shows its bar
+        )
         if self.step:
             for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
                 variable.assign(np.array(value))
@@ -152,6 +162,7 @@ class Recorder(keras.callbacks.Callback):
             return  # done in an earlier process, or left to the end of the epoch
         self._unsaved_steps += done - self.step
         self.step = done  # (`self.model` here would synchronise JAX's state)
+        self._said.update(done)
         number, logs = 0, logs or {}
         checking = done - self._checked >= CHECK_STEPS
         if self._inside and (checking or self._processes == 1):

@@ -5,19 +5,23 @@ import json
 import os
 import re
 import shutil
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT
 from tvkeras import zoo
 from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Rate
+from tvkeras.evaluation.scatter import scatter
 from tvkeras.zoo import site, store
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"),
 )
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +57,38 @@ def test_every_address_is_a_file_of_the_site(pages):
 def test_an_entry_has_its_figures_and_how_to_load_it(pages):
     for name in zoo.names():
         card, page = zoo.card(name), pages / name / "index.html"
-        assert Addresses(page).captions == list(card.figures)
+        assert sorted(Addresses(page).captions) == sorted(card.figures)
         text = html.unescape(page.read_text())
         assert f'tvkeras.zoo.load("{name}")' in text
         assert "model-index" not in text
         for report in card.audit:
             assert f"{report.norm}: <strong>{report.verdict}</strong>" in text
         assert json.loads((pages / name / "card.json").read_text())["name"] == name
+
+
+def test_checks_are_folded_under_the_verdict(pages):
+    card = zoo.card("digits_tv_lip")
+    shown, folded = (pages / card.name / "index.html").read_text().split("<details>")
+    assert "<strong>reliable</strong>" in shown
+    assert card.audit[0].checks[0].name not in shown
+    assert card.audit[0].checks[0].name in folded.split("</details>")[0]
+
+
+def test_a_scatter_has_a_point_for_each_card_with_the_radius():
+    card = zoo.card("digits_tv_lip")
+    (worst,) = (w for w in card.worst_case if w.norm == "l2")
+    other = dataclasses.replace(worst, error={"3/4": Rate(value=0.5, low=0, high=1, n=9)})
+    cards = [dataclasses.replace(card, name=f"<{n}>") for n in range(3)]
+    cards.append(dataclasses.replace(card, name="other", worst_case=(other,)))
+    drawn = ElementTree.fromstring(scatter(cards, "l2", "{name}.html"))
+    points = [g for g in drawn.iter(f"{SVG}g") if g.get("class") == "point"]
+    assert [point.find(f"{SVG}a").get("href") for point in points] == [
+        f"<{n}>.html" for n in range(3)
+    ]
+    heights = [float(text.get("y")) for point in points for text in point.iter(f"{SVG}text")]
+    assert min(np.diff(sorted(heights))) >= 15  # the labels of three points in one place
+    with pytest.raises(ValueError, match="error under attacks in 'l1'"):
+        scatter(cards, "l1")
 
 
 def test_what_was_measured_alike_stands_together_the_unreliable_last():
@@ -384,10 +413,12 @@ def test_filters_leave_what_was_asked_for(leaderboard):
     everything = visible(leaderboard, "h2")
     rows = len(visible(leaderboard, "tbody tr"))
     assert visible(leaderboard, "output") == [f"{rows} rows"]
+    assert len(visible(leaderboard, ".point")) == rows  # a point for each
     choose(leaderboard, "norm", "l2")
     assert visible(leaderboard, "h2") == [title for title in everything if title.endswith(", l2")]
     choose(leaderboard, "network", "small_cnn")
     assert set(visible(leaderboard, "tbody td:nth-child(2)")) == {"small_cnn"}
+    assert len(visible(leaderboard, ".point")) == len(visible(leaderboard, "tbody tr"))
     small = [about for about in map(zoo.card, zoo.names()) if about.model["model"] == "small_cnn"]
     assert visible(leaderboard, "h2") == sorted({f"{about.dataset}, l2" for about in small})
     assert visible(leaderboard, "output") == [f"{len(small)} rows"]
@@ -414,6 +445,52 @@ def test_a_narrow_screen_scrolls_in_tables_alone(leaderboard, pages, page):
     finally:
         leaderboard.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert width <= 360
+
+
+def test_a_narrow_screen_shows_names_whole_and_all_errors(leaderboard, pages):
+    metrics = {"width": 390, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    leaderboard.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        leaderboard.get((pages / "index.html").as_uri())
+        edges = leaderboard.execute_script("""
+            return [...document.querySelectorAll("section th a, .attacked")].map((element) => {
+                const box = element.getBoundingClientRect();
+                return [box.left, box.right, box.width, element.getClientRects().length];
+            });
+        """)
+    finally:
+        leaderboard.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    for left, right, width, lines in edges:
+        assert 0 <= left < right <= 390
+        assert width > 0
+        assert lines == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_in_light_and_dark(leaderboard, pages, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    leaderboard.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    try:
+        leaderboard.get((pages / "index.html").as_uri())
+        colours = leaderboard.execute_script("""
+            const probe = document.createElement("span");
+            probe.style.color = "Canvas";
+            document.body.append(probe);
+            const texts = [document.querySelector("td"), document.querySelector(".scatter text")];
+            const used = texts.map((text) => {
+                const style = getComputedStyle(text);
+                return text.tagName === "TD" ? style.color : style.fill;
+            });
+            return [getComputedStyle(probe).color, ...used];
+        """)
+    finally:
+        leaderboard.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    ground, *texts = (
+        sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / 765 for colour in colours
+    )
+    assert (ground < 0.5) == (scheme == "dark")
+    for text in texts:
+        assert abs(text - ground) > 0.6
 
 
 def test_without_scripts_the_tables_stand(leaderboard, pages):

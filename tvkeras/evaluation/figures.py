@@ -73,12 +73,18 @@ def of_card(
         default=outcomes[-1],
     )
     name, result = nearest.farthest
-    shown = np.flatnonzero(result.success & (result.distance > 0))[:SHOWN_EXAMPLES]
-    if len(shown):
+    moved = np.flatnonzero(result.success & (result.distance > 0))
+    if len(moved):
+        beside = np.abs(result.distance[moved] - np.median(result.distance[moved]))
+        shown = moved[np.argsort(beside, kind="stable")[:SHOWN_EXAMPLES]]
         pair = (as_float(x[shown], bench.model.bounds) for x in (bench.images, result.x_adv))
         titles = [f"{nearest.trial.attack.norm} {result.distance[i]:.2g}" for i in shown]
         add(
-            "examples.png", f"Adversarial images found by {name}", adversarial_images, *pair, titles
+            "examples.png",
+            f"Adversarial images of median distance, by {name}",
+            adversarial_images,
+            *pair,
+            titles,
         )
     return drawn
 

@@ -15,6 +15,8 @@ from markupsafe import Markup
 
 from tvkeras.evaluation.card import EVASIVE, AuditReport, Card, Rate
 
+FIRST = ("distances.png", "examples.png")  # the figures to look at before any table
+
 
 def write(card: Card, folder: pathlib.Path) -> None:
     """Writes `card.json` and its page, `README.md`, into a folder."""
@@ -38,6 +40,8 @@ def body(card: Card) -> str:
         checks=checks,
         names=dict.fromkeys(check.name for _, check in checks),
         fewer=[r for r in card.attacks if next(iter(r.error.values())).n < counts.get(r.norm, 0)],
+        above={caption: file for caption, file in card.figures.items() if file in FIRST},
+        below={caption: file for caption, file in card.figures.items() if file not in FIRST},
         evasive=EVASIVE,
         counts=_counts,
         origin={**card.training, **card.model, **card.versions, "seed": card.seed},

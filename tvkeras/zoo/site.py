@@ -5,6 +5,7 @@ The templates are in `tvkeras/zoo/templates`; an entry's page is its card's own 
 
 import math
 import pathlib
+import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ import nh3
 from tvkeras import checks, zoo
 from tvkeras.evaluation import page
 from tvkeras.evaluation.card import Card, WorstCase
+from tvkeras.evaluation.scatter import scatter
 from tvkeras.zoo import store
 
 STATIC_FILES = ("site.css", "site.js")
@@ -28,6 +30,10 @@ _TAGS = {
     *("table", "thead", "tbody", "tr", "th", "td"),
 }
 _SCROLLED = '<div class="wide" role="region" aria-label="table" tabindex="0">'
+# The audit's verdicts, and what they rest on.
+_AUDIT = re.compile(
+    r"(<h2>Can these errors be believed\?</h2>\s*<ul>.*?</ul>)(.*?)(?=<h2>)", re.DOTALL
+)
 _FOLDER = pathlib.Path(__file__).with_name("templates")
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
@@ -109,10 +115,11 @@ def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
     """What the leaderboard shows: a table for each test set and norm.
 
     Returns:
-        For each, `dataset`, `norm`, `radii` as text and ascending, and `rows` of a
-        `card`, its `worst` case in that norm, the audit's `verdict` on it, and the
-        `attacks` that it is over: first those whose median distance is largest (beyond
-        all radii, where the attacks broke fewer than half), unreliable ones last.
+        For each, `dataset`, `norm`, `radii` as text and ascending, a `scatter` of the
+        errors, and `rows` of a `card`, its `worst` case in that norm, the audit's `verdict`
+        on it, and the `attacks` that it is over: first those whose median distance is
+        largest (beyond all radii, where the attacks broke fewer than half), unreliable
+        ones last.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for about in cards:
@@ -130,6 +137,7 @@ def tables(cards: Sequence[Card]) -> list[dict[str, Any]]:
             "dataset": dataset,
             "norm": norm,
             "radii": sorted({e for row in rows for e in row["worst"].error}, key=_by_size),
+            "scatter": scatter([row["card"] for row in rows], norm, "{name}/index.html"),
             "rows": sorted(rows, key=_rank),
         }
         for (dataset, norm), rows in sorted(groups.items())
@@ -162,5 +170,6 @@ def as_html(text: str, figures: Collection[str]) -> markupsafe.Markup:
             value if name == "alt" or value in figures else None
         ),
     )
+    text = _AUDIT.sub(r"\1<details><summary>All checks</summary>\2</details>", text)
     text = text.replace("<table>", f"{_SCROLLED}<table>").replace("</table>", "</table></div>")
     return markupsafe.Markup(text)

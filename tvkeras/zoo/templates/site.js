@@ -1,5 +1,5 @@
-// Sorts the leaderboard's tables, unreliable rows last, and filters them; without it they stand as
-// written.
+// Sorts the leaderboard's tables, unreliable rows last, and filters them and the points above; without
+// it they stand as written.
 "use strict";
 
 const form = document.querySelector("form");
@@ -42,7 +42,9 @@ function filter() {
     const wanted =
       (!dataset || section.dataset.dataset === dataset) && (!norm || section.dataset.norm === norm);
     const rows = [...section.querySelectorAll("tbody tr")];
-    rows.forEach((row) => (row.hidden = !wanted || (network && row.dataset.network !== network)));
+    for (const one of [...rows, ...section.querySelectorAll(".point")]) {
+      one.toggleAttribute("hidden", !wanted || (network && one.dataset.network !== network));
+    }
     const left = rows.filter((row) => !row.hidden).length;
     section.hidden = left === 0;
     shown += left;

@@ -12,6 +12,7 @@ import threading
 import time
 
 import h5py
+import keras
 import numpy as np
 import pytest
 from absl import app
@@ -20,10 +21,10 @@ import tvkeras
 from tests import zoo_server
 from tests.conftest import BACKEND, ROOT, full_disk, random_images
 from tvkeras import checkpoint, models, runs, zoo
-from tvkeras.evaluation.card import Card
+from tvkeras.evaluation.card import AttackReport, Card, Rate
 from tvkeras.runs import Run
 from tvkeras.zoo import __main__ as command
-from tvkeras.zoo import publishing, store
+from tvkeras.zoo import exporting, publishing, store
 
 PUBLISHED = ROOT / "zoo" / "digits_tv_lip"
 ARGUMENTS = {"width": 4, "input_shape": (8, 8, 1)}
@@ -505,6 +506,98 @@ def test_publishing_that_fails_leaves_no_entry(run, checkout):
         publishing.publish(run.folder, "small")
     assert not list(checkout.iterdir())
     assert not zoo.names()
+
+
+# ---- Other forms -----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """A published entry as a folder for Hugging Face."""
+    return exporting.package(PUBLISHED.name, tmp_path_factory.mktemp("packaged"))
+
+
+@pytest.fixture
+def package(packaged, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(packaged, tmp_path / "package")
+
+
+def test_a_packaged_entry_is_read_by_keras_and_by_us(packaged):
+    images = random_images(3)
+    expected = zoo.load(PUBLISHED.name)(images)
+    for model in (
+        zoo.load(packaged),
+        zoo.load(str(packaged)),
+        keras.saving.load_model(packaged / "model.keras"),
+        keras.saving.load_model(packaged),  # what Keras does after the download from hf://
+    ):
+        np.testing.assert_array_equal(model(images), expected)
+    assert zoo.card(packaged) == zoo.card(PUBLISHED.name)
+    metadata = (packaged / "README.md").read_text().split("---\n")[1]
+    for line in ("license: apache-2.0", "library_name: keras", "datasets: [digits]"):
+        assert line in metadata.splitlines()
+    with pytest.raises(ValueError, match="output must be a new or empty folder"):
+        exporting.package(PUBLISHED.name, packaged)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "hashes.json"])
+def test_a_package_that_lacks_a_file_or_links_elsewhere_is_refused(package, tmp_path, file):
+    (package / file).rename(tmp_path / file)
+    with pytest.raises(checkpoint.DamagedError, match=f"holds the file {file} itself"):
+        zoo.load(package)
+    (package / file).symlink_to(tmp_path / file)
+    with pytest.raises(checkpoint.DamagedError, match=f"holds the file {file} itself"):
+        zoo.load(package)
+
+
+@pytest.mark.parametrize("hashes", ["", "[]", '{"model.keras": 1}', "{}", "[" * 100_000])
+def test_a_package_of_other_hashes_is_refused(package, hashes):
+    (package / "hashes.json").write_text(hashes)
+    with pytest.raises(checkpoint.DamagedError, match=r"hashes\.json"):
+        zoo.load(package)
+
+
+def test_a_package_with_another_model_or_code_is_refused(package):
+    path = package / "model.keras"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(checkpoint.DamagedError, match=r"is not the packaged file: .*found \d+"):
+        zoo.load(package)
+    about = store.File.of(path.read_bytes())._asdict()
+    (package / "hashes.json").write_text(json.dumps({"model.keras": about}))
+    with pytest.raises(checkpoint.CheckpointError, match="is not loaded"):
+        zoo.load(package)
+    images = keras.Input((8, 8, 1))
+    keras.Model(images, keras.layers.Lambda(lambda x: x)(images)).save(path)
+    about = store.File.of(path.read_bytes())._asdict()
+    (package / "hashes.json").write_text(json.dumps({"model.keras": about}))
+    with pytest.raises(checkpoint.CheckpointError, match="is not loaded"):
+        zoo.load(package)
+
+
+def test_model_infos_hold_figures_of_autoattack_alone(tmp_path):
+    plain = zoo.card(PUBLISHED.name)
+    rate = Rate(value=0.25, low=0.2, high=0.3, n=1000)
+    reports = [
+        AttackReport(
+            name=name,
+            settings=settings,
+            norm="linf",
+            error={"8/255": rate},
+            median_distance=None,
+            median_queries=1.0,
+        )
+        for name, settings in (
+            ("AutoAttack linf", str(tvkeras.attacks.AutoAttack(norm="linf"))),
+            ("custom suite linf", "custom, without the targeted ratio"),
+        )
+    ]
+    with_figure = dataclasses.replace(plain, name="measured", attacks=tuple(reports))
+    custom = dataclasses.replace(plain, name="custom", attacks=tuple(reports[1:]))
+    assert exporting.robustbench([plain, with_figure, custom], tmp_path) == [plain.name, "custom"]
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert path == tmp_path / "digits" / "Linf" / "measured.json"
+    info = json.loads(path.read_text())
+    assert (info["eps"], info["autoattack_acc"]) == ("8/255", "75.00")
+    assert info["clean_acc"] == f"{100 * (1 - plain.clean_error.value):.2f}"
 
 
 def test_commands_that_are_mistyped(cache, capsys):

@@ -9,10 +9,12 @@ examples.csv                        the same, image by image
 probe.npz                           test images and their logits, for `verify`
 
 Entries never change under their name. `tvkeras.zoo.store` says where files are looked for,
-`tvkeras.zoo.publishing` makes one of an evaluated run.
+`tvkeras.zoo.publishing` makes one of an evaluated run, `tvkeras.zoo.exporting` writes one for
+Hugging Face, and `tvkeras.zoo.hub` reads such folders.
 """
 
 import fnmatch
+import os
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ import keras
 
 from tvkeras import checkpoint, checks
 from tvkeras.runs import Run
-from tvkeras.zoo import probe, store
+from tvkeras.zoo import hub, probe, store
 from tvkeras.zoo.store import DownloadError
 
 if TYPE_CHECKING:  # they import what measures, which `load` does not need
@@ -35,11 +37,14 @@ def names(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(store.index(), pattern))
 
 
-def load(name: str) -> keras.Model:
+def load(name: str | os.PathLike[str]) -> keras.Model:
     """A published classifier, on either backend.
 
     Args:
-        name: One of `names()`.
+        name: One of `names()`; or a folder that `exporting.package` wrote (a path with a
+            "/", if an entry has the name too), or such a one on Hugging Face, as
+            "hf://USER/NAME" (with huggingface_hub installed). Of these the hashes are
+            the folder's own: take them from those you trust.
 
     Returns:
         A plain Keras model from float32 images in [0, 1], of shape
@@ -56,18 +61,21 @@ def load(name: str) -> keras.Model:
         classifier = tvkeras.zoo.load("resnet9_32_tv_lip")
         classifier.predict(images).argmax(axis=1)
     """
-    return Run.open(store.folder(name, "run.json", "best.weights.h5")).classifier()
+    if hub.is_address(name):
+        return hub.load(name)
+    return Run.open(store.folder(str(name), "run.json", "best.weights.h5")).classifier()
 
 
-def card(name: str) -> "Card":
-    """What was measured on an entry.
+def card(name: str | os.PathLike[str]) -> "Card":
+    """What was measured on an entry, or on what `load` takes else.
 
     Raises:
         ValueError, DownloadError: As `load`.
     """
     from tvkeras.evaluation.card import Card
 
-    return Card.from_json((store.folder(name, "card.json") / "card.json").read_text())
+    find_folder = hub.folder if hub.is_address(name) else store.folder
+    return Card.from_json((find_folder(str(name), "card.json") / "card.json").read_text())
 
 
 def detector(name: str, statistic: str = "loss") -> "GradientNormDetector":

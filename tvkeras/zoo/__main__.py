@@ -5,6 +5,8 @@ python -m tvkeras.zoo show NAME                      what was measured, and how 
 python -m tvkeras.zoo verify [NAME]                  checks files and logits of one entry or all
 python -m tvkeras.zoo publish RUN_DIR NAME           makes an entry of an evaluated run
 python -m tvkeras.zoo site [PATTERN] [--output=site] builds a leaderboard to look at
+python -m tvkeras.zoo package NAME FOLDER            writes an entry for Hugging Face
+python -m tvkeras.zoo robustbench FOLDER             writes AutoAttack figures for RobustBench
 """
 
 import inspect
@@ -65,12 +67,29 @@ def site(pattern: str = "*") -> None:
     print(f"open in a browser: {index}")
 
 
+def package(name: str, folder: str) -> None:
+    """Writes an entry for Hugging Face."""
+    from tvkeras.zoo import exporting
+
+    print(f"packaged: {exporting.package(name, folder)}")
+
+
+def robustbench(folder: str) -> None:
+    """Writes the entries' model infos."""
+    from tvkeras.zoo import exporting
+
+    left_out = exporting.robustbench([zoo.card(name) for name in zoo.names()], folder)
+    print(f"left out, without a figure of AutoAttack: {', '.join(left_out) or 'none'}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_,
     "show": show,
     "verify": verify,
     "publish": publish,
     "site": site,
+    "package": package,
+    "robustbench": robustbench,
 }
 
 

@@ -1,6 +1,7 @@
 """What the commands print where they end in an error: one message, theirs."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,21 @@ def printed(*arguments, **environment):
         check=False,
         cwd=ROOT,
     )
+
+
+@pytest.mark.parametrize(
+    "program", ["train", "evaluate", "compare", "export", "quickstart", "zoo/__main__"]
+)
+def test_help_is_an_example_and_every_flag_of_the_program(program):
+    module = f"tvkeras.{program.removesuffix('/__main__')}"
+    asked = printed(module, "--help", KERAS_BACKEND="none")  # Keras, imported, would fail
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert f"python -m {module}" in asked.stdout
+    source = (ROOT / f"tvkeras/{program}.py").read_text()
+    defined = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)
+    if "config.define_flags" in source:
+        defined += ["gin_file", "gin_param", "settings"]
+    assert {f"--{name}" for name in defined} <= {*re.findall(r"--\w+", asked.stdout)}
 
 
 @pytest.mark.slow

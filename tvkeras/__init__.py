@@ -81,4 +81,5 @@ def __dir__() -> list[str]:
 if sys.argv[:1] == ["-m"] and any(a.startswith(("tvkeras.", "-mtvkeras.")) for a in sys.orig_argv):
     from tvkeras import terminal
 
+    terminal.help_early(next(a for a in sys.orig_argv if a.startswith(("tvkeras.", "-mtvkeras."))))
     terminal.prepare()

@@ -1,6 +1,12 @@
 """Exports a model and its detector to TensorFlow Serving.
 
-python -m tvkeras.export --model=MODEL --output=FOLDER
+    python -m tvkeras.export --model=resnet9_32_tv_lip --output=served/resnet9_32_tv_lip
+
+--model=MODEL               a run folder, or the name of a zoo entry
+--output=FOLDER             of the model's versions
+--version=NUMBER            default: the next free one
+--statistic=loss            the detector's
+--false_positive_rate=SHARE of clean images to reject; default: the card's detector's, or 0.05
 """
 
 from absl import flags

@@ -1,4 +1,9 @@
-"""Trains digits with and without a defence and compares: `python -m tvkeras.quickstart`."""
+"""Trains digits with and without a defence and compares; about a minute of training.
+
+    python -m tvkeras.quickstart
+
+--folder=runs/quickstart where the runs and the figure go
+"""
 
 import pathlib
 import sys

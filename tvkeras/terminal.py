@@ -1,6 +1,8 @@
 """What the programs `python -m tvkeras...` share: kernels, log lines, errors."""
 
+import ast
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -10,6 +12,22 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 _ADDRESSES = re.compile(r" \(<[^<>]* at 0x[0-9a-f]+>\)| at 0x[0-9a-f]+")
+
+
+def help_early(program: str) -> None:
+    """Answers --help by the docstring of the program's module, which nothing need import.
+
+    Args:
+        program: The module, such as "tvkeras.train".
+    """
+    if not {"--help", "-help", "-h"} & {*sys.argv}:
+        return
+    path = pathlib.Path(__file__).parent.joinpath(*program.removeprefix("-m").split(".")[1:])
+    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    if source.exists():  # else Python says that there is no such module
+        text = ast.get_docstring(ast.parse(source.read_text()))
+        sys.stdout.write(f"{text}\n\n--helpfull shows every flag, those of log lines too.\n")
+        sys.exit()
 
 
 def prepare() -> None:

@@ -3,6 +3,12 @@
     python -m tvkeras.train --gin_file=gin/cifar_tv_lip.gin [--gin_param=Recipe.epochs=30]
 
 The same command goes on with a run that was interrupted.
+
+--gin_file=FILE     an experiment, such as those in gin/; repeated, later ones win
+--gin_param=SETTING such as Recipe.epochs=30; may be repeated, wins over files
+--run_dir=FOLDER    what is written; default: runs/<gin files' names>
+--settings          prints what is set, and the defaults of all that can be, and stops
+--dry_run           prints the plan and the time of an epoch, and stops
 """
 
 import json
@@ -27,13 +33,13 @@ def main(_: list[str]) -> None:
         signal.signal(number, _interrupt)
     try:
         config.bind(FLAGS.gin_file, FLAGS.gin_param)
+        if FLAGS.settings:
+            print(config.listing())
+            return
         if not FLAGS.gin_file:
             raise ValueError("--gin_file must name an experiment, such as gin/cifar_tv_lip.gin.")
         name = "-".join(pathlib.Path(file).stem for file in FLAGS.gin_file)
         run_dir = FLAGS.run_dir or f"runs/{name}"
-        if FLAGS.settings:
-            print(config.listing())
-            return
         settings = config.settings()
         if FLAGS.dry_run:
             print(json.dumps(plan(**settings), indent=2))

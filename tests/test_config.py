@@ -113,7 +113,10 @@ def test_the_listing_holds_all_settings_and_is_gin(tmp_path):
     assert "Recipe.epochs = 7" in lines
     assert "# Recipe.ramp = 0.0" in lines
     assert not any(line.startswith("# Recipe.epochs") for line in lines)
+    everything = [line.removeprefix("# ") for line in lines if " = " in line]
+    config.bind([], everything)  # every line is a binding
     (tmp_path / "listed.gin").write_text(text.replace("# Recipe.ramp = 0.0", "Recipe.ramp = 0.5"))
+    config.bind(["gin/digits_tv_lip.gin"], ["Recipe.epochs=7"])
     before = config.settings()["recipe"]
     config.bind([str(tmp_path / "listed.gin")])
     assert config.settings()["recipe"] == dataclasses.replace(before, ramp=0.5)

@@ -539,6 +539,14 @@ def test_a_packaged_entry_is_read_by_keras_and_by_us(packaged):
         exporting.package(PUBLISHED.name, packaged)
 
 
+@pytest.mark.slow
+def test_a_packaged_entry_is_read_from_a_hub(packaged):
+    pytest.importorskip("huggingface_hub")
+    command = [sys.executable, "-m", "tests.hub_server", str(packaged), PUBLISHED.name]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize("file", ["model.keras", "hashes.json"])
 def test_a_package_that_lacks_a_file_or_links_elsewhere_is_refused(package, tmp_path, file):
     (package / file).rename(tmp_path / file)

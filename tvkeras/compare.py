@@ -6,6 +6,10 @@ MODEL is a run folder or the name of a zoo entry. Prints, as Markdown, the paper
 distances and gradients; attack by attack; detection. The scatter shows clean error against error
 under attack. The figure shows over-regularisation: both errors against the weights, of which too
 little leaves the error under attack high, too much the clean error.
+
+--scatter=FILE the scatter, as SVG
+--norm=l2      of the scatter's attacks
+--figure=FILE  the figure, as PNG
 """
 
 import pathlib

@@ -1,5 +1,6 @@
 """gin: the configurable names, and errors that say what is legal. Only here gin is imported."""
 
+import dataclasses
 import inspect
 import pathlib
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def bind(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
 def listing() -> str:
     """What is bound, and as comments the defaults of all else that can be, as a gin file."""
     defaults = [
-        f"# {function.__name__}.{name} = {parameter.default!r}"
+        f"# {function.__name__}.{name} = {_default(function, parameter)}"
         for function in sorted(_REGISTERED, key=lambda function: function.__name__)
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not parameter.empty and not _is_bound(function, name)
@@ -139,6 +140,14 @@ def _is_bound(function: Callable[..., Any], name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _default(function: Callable[..., Any], parameter: inspect.Parameter) -> str:
+    """A default in gin's words; that of a dataclass may be made by a function."""
+    fields = getattr(function, "__dataclass_fields__", {})
+    make = getattr(fields.get(parameter.name), "default_factory", dataclasses.MISSING)
+    default = parameter.default if make is dataclasses.MISSING else make()
+    return f"@{default.__name__}" if inspect.isfunction(default) else repr(default)
 
 
 def _legal() -> str:

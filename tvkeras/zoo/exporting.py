@@ -56,7 +56,7 @@ def package(name: str, output: str | os.PathLike[str]) -> pathlib.Path:
 def robustbench(cards: Sequence[card.Card], output: str | os.PathLike[str]) -> list[str]:
     """Writes RobustBench's `<dataset>/<threat>/<name>.json`, one for each AutoAttack figure.
 
-    Its fields about a paper stay empty: no card knows them.
+    Its fields about a paper, and whether other data helped, stay empty: no card knows them.
 
     Args:
         cards: Of classifiers.
@@ -100,7 +100,7 @@ def _model_infos(about: card.Card) -> Iterator[tuple[str, dict[str, Any]]]:
                     "link": "",
                     "name": about.name,
                     "authors": "",
-                    "additional_data": False,
+                    "additional_data": None,
                     "number_forward_passes": 1,
                     "dataset": about.dataset.split(" ")[0],
                     "venue": "",

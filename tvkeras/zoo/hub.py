@@ -86,7 +86,7 @@ def _download(address: str, files: list[str]) -> pathlib.Path:
         import huggingface_hub
     except ImportError as error:
         raise store.DownloadError(
-            f"name={address!r} needs huggingface_hub: pip install huggingface_hub"
+            f"name={address!r} needs huggingface_hub: pip install 'tvkeras[hub]'"
         ) from error
     offline = os.environ.get("TVKERAS_OFFLINE", "0") not in ("", "0")
     try:

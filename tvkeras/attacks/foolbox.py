@@ -27,6 +27,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 
 try:
+    import eagerpy
     import foolbox
 except ImportError as error:
     raise ImportError(
@@ -52,9 +53,9 @@ class _FoolboxAttack(Attack):
     draws from TensorFlow's global generator, which is therefore seeded before each batch.
     What it returns counts only if the classifier confirms it, as with every attack.
 
-    Queries are the calls of the wrapped model with a batch that an example belongs
-    to: Foolbox goes on asking about the examples that are done. A call for a gradient
-    counts as one; classifying the pool is not counted.
+    Queries are the images that the wrapped model is asked about for an example, in
+    calls for the examples of its batch: Foolbox goes on with those that are done. A
+    gradient counts as one; classifying the pool is not counted.
 
     Attributes:
         pool: Images to start from, float32 in [0, 1] or uint8, shape
@@ -87,12 +88,12 @@ class _FoolboxAttack(Attack):
         x_adv, queries = images.copy(), np.zeros(len(images), np.int64)
         for part in rows[:, None] if self.one_by_one else [rows]:
             if len(part):
-                counted = _Counted(model)
+                counted = _Counted(model, len(part))
                 attack = self.attack(images[part].shape)
                 found = attack.run(
                     foolbox.TensorFlowModel(counted, bounds=(0, 1), device="/CPU:0"),
                     tf.constant(images[part]),
-                    foolbox.criteria.Misclassification(tf.constant(labels[part], tf.int64)),
+                    _Misclassified(tf.constant(labels[part], tf.int64)),
                     starting_points=tf.constant(starts[part]),
                 )
                 beyond = images[part] + (1 + _BEYOND) * (np.asarray(found) - images[part])
@@ -151,7 +152,8 @@ class FoolboxHopSkipJump(_FoolboxAttack):
 
     `approximate_gradients` (`hop_skip_jump.py`) divides an example's estimate by the
     norm of the *whole batch's*, so that each step is too short, the more so the larger
-    the batch. Here examples are attacked one by one.
+    the batch. Here examples are attacked one by one, and an estimate asks about its
+    samples in one call.
 
     Attributes:
         norm: "l2" or "linf".
@@ -171,7 +173,7 @@ class FoolboxHopSkipJump(_FoolboxAttack):
 
     def attack(self, shape: tuple[int, ...]) -> Any:
         """Foolbox's own attack."""
-        return foolbox.attacks.HopSkipJumpAttack(
+        return _HopSkipJump(
             steps=self.steps,
             initial_gradient_eval_steps=self.initial_samples,
             tensorboard=False,
@@ -216,15 +218,49 @@ class FoolboxBrendelBethge(_FoolboxAttack):
         return kinds[self.norm](steps=self.steps, lr=radius, tensorboard=False)
 
 
-class _Counted:
-    """A classifier as Foolbox calls it, its gradient compiled, its calls counted."""
+class _HopSkipJump(foolbox.attacks.HopSkipJumpAttack):
+    """Of one example."""
 
-    def __init__(self, model: CompiledClassifier) -> None:
+    def approximate_gradients(
+        self, is_adversarial: Any, x_advs: Any, steps: int, delta: Any
+    ) -> Any:
+        """The boundary's unit normal at `x_advs`, from the classes of `steps` images near it.
+
+        As upstream's, which asks about one of them after the other.
+        """
+        shape = (steps, *x_advs.shape[1:])
+        if self.constraint == "l2":
+            draws = tf.random.normal(shape)
+        else:
+            draws = tf.random.uniform(shape, -1.0, 1.0)
+        lengths = tf.norm(tf.reshape(draws, (steps, -1)), axis=1)
+        moves = draws * tf.reshape(delta.raw / lengths, (steps, *[1] * (len(shape) - 1)))
+        near = tf.clip_by_value(x_advs.raw + moves, 0, 1)
+        signs = tf.where(is_adversarial(eagerpy.astensor(near)).raw, 1.0, -1.0)
+        mean = tf.reduce_mean(signs)
+        weights = signs if abs(mean) == 1 else signs - mean
+        normal = tf.tensordot(weights, near - x_advs.raw, 1)
+        return eagerpy.astensor(normal[None] / (tf.norm(normal) + 1e-12))
+
+
+class _Misclassified(foolbox.criteria.Misclassification):
+    """As upstream's; of several images and one label, too."""
+
+    def __call__(self, perturbed: Any, outputs: Any) -> Any:
+        found, restore = eagerpy.astensor_(outputs)
+        return restore(found.argmax(axis=-1) != self.labels)
+
+
+class _Counted:
+    """A classifier as Foolbox calls it for some examples, its gradient compiled, counted."""
+
+    def __init__(self, model: CompiledClassifier, examples: int) -> None:
         self._model = model
+        self._examples = examples
         self.calls = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += len(images) // self._examples
         outputs = tf.constant(self._model.logits(images))
 
         @tf.custom_gradient

@@ -6,7 +6,6 @@ import pathlib
 import resource
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles sooner
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the commands do
 

@@ -191,6 +191,7 @@ def test_a_lost_loss_stops_with_its_circumstances(tmp_path):
         ("Task.validation_fraction=1.0", "fraction must be a number"),
         ("Task.norm='L2'", "Did you mean 'l2'"),
         ("Task.epsilons=(0.5)", "epsilons must be a tuple"),
+        ("Task.epsilons=()", "epsilons must hold a radius above 0"),
         ("Task.epsilons=('a',)", "epsilons must be a number or a fraction"),
         ("Task.attacked_images=0", "attacked_images must be a whole number >= 1"),
         ("Network.arguments={'wdth': 4}", "Did you mean 'width'"),

@@ -28,7 +28,7 @@ class Task:
             images of that side (see `tvkeras.data.Stream`), or brings those of a folder to it.
         download: Whether missing data may be downloaded.
         norm: Threat norm of the final measurement, and of the choice of the best epoch.
-        epsilons: Radii of the final measurement, in pixel units.
+        epsilons: Radii of the final measurement, in pixel units, one of them above 0.
         attacked_images: Test images attacked in it.
         validation_epsilon: Radius of the short PGD on held-out images whose robust accuracy
             chooses the best epoch; None chooses by clean accuracy.
@@ -53,8 +53,9 @@ class Task:
         if self.image_size is not None:
             checks.whole_number("image_size", self.image_size, minimum=1)
         checks.one_of("norm", self.norm, norms.DUALS)
-        for epsilon in checks.sequence("epsilons", self.epsilons):
-            checks.epsilon(epsilon, "epsilons")
+        given = checks.sequence("epsilons", self.epsilons)
+        if max((checks.epsilon(epsilon, "epsilons") for epsilon in given), default=0) <= 0:
+            raise ValueError(f"epsilons must hold a radius above 0, got {self.epsilons!r}.")
         checks.whole_number("attacked_images", self.attacked_images, minimum=1)
         if self.validation_epsilon is not None:
             checks.epsilon(self.validation_epsilon, "validation_epsilon")

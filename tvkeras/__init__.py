@@ -78,8 +78,9 @@ def __dir__() -> list[str]:
 
 
 # So long as Python looks for the module of `python -m tvkeras.train`: before it imports Keras.
-if sys.argv[:1] == ["-m"] and any(a.startswith(("tvkeras.", "-mtvkeras.")) for a in sys.orig_argv):
+_programs = [a for a in sys.orig_argv if a.startswith(("tvkeras.", "-mtvkeras."))]
+if sys.argv[:1] == ["-m"] and _programs:
     from tvkeras import terminal
 
-    terminal.help_early(next(a for a in sys.orig_argv if a.startswith(("tvkeras.", "-mtvkeras."))))
+    terminal.help_early(_programs[0])
     terminal.prepare()

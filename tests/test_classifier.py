@@ -259,14 +259,14 @@ def test_other_misuse_is_refused():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")
-@pytest.mark.parametrize("training", [True, False])
-def test_the_fast_twin_is_the_same_function(training):
+@pytest.mark.parametrize(("training", "activation"), [(True, "gelu"), (False, "silu")])
+def test_the_fast_twin_is_the_same_function(training, activation):
     from tvkeras import backends
 
     nested = keras.Sequential([keras.Input((6, 6, 3)), layers.BatchNormalization(scale=False)])
     images = keras.Input((6, 6, 3))
     x = layers.BatchNormalization(momentum=0.7)(layers.Conv2D(3, 3, padding="same")(images))
-    x = layers.Activation("gelu")(x)
+    x = layers.Activation(activation)(x)
     x = layers.BatchNormalization()(layers.Flatten()(nested(x)))
     classifier = keras.Model(images, layers.Dense(2)(x))
     for variable, noise in zip(classifier.variables, itertools.count(1)):
@@ -274,7 +274,7 @@ def test_the_fast_twin_is_the_same_function(training):
     twin = backends.fast_twin(classifier)
     fused = [type(layer).__name__ for layer in twin.layers if "Fused" in type(layer).__name__]
     # and the nested one; the flat one stays Keras's
-    assert fused == ["FusedBatchNormalization", "FusedGelu"]
+    assert fused == ["FusedBatchNormalization", "FusedActivation"]
     arguments = (
         [variable.value for variable in classifier.trainable_variables],
         [variable.value for variable in classifier.non_trainable_variables],

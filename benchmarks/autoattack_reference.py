@@ -1,14 +1,14 @@
 """Robust accuracy and speed of our AutoAttack and of the published PyTorch code.
 
     python -m benchmarks.autoattack_reference --reference_dir=CHECKOUT [--reference_python=PYTHON]
-        [--attacked=zoo/resnext10_12_tv_lip] [--alone]
+        [--attacked=zoo/airbench_undefended] [--alone]
 
 Copies the weights of a network into PyTorch and runs both suites on the same test
 images, in turns: our first run compiles, the others do not. The networks are a narrow
 `small_cnn` trained on digits without and with TV + Lipschitz (kept in `--folder`), or
 that of `--attacked`. An image that is broken meets no further member, or with `--alone`
-every member meets all images. CHECKOUT is one of github.com/fra31/auto-attack; without
-it or without torch the comparison is skipped.
+every member meets all images. `taskset -c 0` in front gives each side one thread. CHECKOUT
+is one of github.com/fra31/auto-attack; without it or without torch the comparison is skipped.
 """
 
 import json
@@ -27,7 +27,7 @@ from absl import app, flags
 import tvkeras
 import tvkeras.data
 from benchmarks.common import Clock, described
-from tvkeras import attacks, config, runs
+from tvkeras import attacks, config, folding, runs
 from tvkeras.inference import CompiledClassifier
 from tvkeras.training.loop import train
 
@@ -97,8 +97,14 @@ def ours(case: Case, model: CompiledClassifier) -> Outcome:
 
 
 def published(case: Case) -> Outcome:
-    """Runs the published suites."""
-    layers, weights = described(case.classifier)
+    """Runs the published suites, on the network with its BatchNorm folded in, as ours are."""
+    network, fold = folding.folded(case.classifier)
+    parts = "trainable_variables", "non_trainable_variables"
+    weights = fold(*([v.value for v in getattr(case.classifier, part)] for part in parts))
+    for part, values in zip(parts, weights, strict=True):
+        for variable, value in zip(getattr(network, part), values, strict=True):
+            variable.assign(value)
+    layers, weights = described(network)
     logits = case.classifier.predict(case.images, verbose=0)
     settings = {
         "layers": layers,

@@ -58,8 +58,9 @@ def _layer(kind: str, config: dict, weights: list[torch.Tensor]) -> Layer:
     if kind == "Conv2D":
         inputs, outputs = weights[0].shape[2:]
         size, stride = config["kernel_size"], config["strides"]
+        padding = size[0] // 2 if config["padding"] == "same" else 0
         bias = dict(enumerate(weights)).get(1)
-        conv = nn.Conv2d(inputs, outputs, size, stride, padding=size[0] // 2, bias=bias is not None)
+        conv = nn.Conv2d(inputs, outputs, size, stride, padding=padding, bias=bias is not None)
         conv.weight.data = weights[0].permute(3, 2, 0, 1).contiguous()
         if bias is not None:
             conv.bias.data = bias
@@ -69,17 +70,24 @@ def _layer(kind: str, config: dict, weights: list[torch.Tensor]) -> Layer:
         norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var = weights
         return norm
     if kind == "Dense":
-        head = nn.Linear(*weights[0].shape)
-        head.weight.data, head.bias.data = weights[0].T.contiguous(), weights[1]
+        head = nn.Linear(*weights[0].shape, bias=config["use_bias"])
+        head.weight.data = weights[0].T.contiguous()
+        if config["use_bias"]:
+            head.bias.data = weights[1]
         return head
     if kind == "Activation":
         return {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU()}[config["activation"]]
-    if kind == "AveragePooling2D":
-        return nn.AvgPool2d(config["pool_size"])
+    if kind in ("AveragePooling2D", "MaxPooling2D"):
+        pool = nn.AvgPool2d if kind == "AveragePooling2D" else nn.MaxPool2d
+        return pool(config["pool_size"], config["strides"])
+    if kind == "Rescaling":
+        return lambda x: x * config["scale"] + config["offset"]
     return {
+        "_Nothing": nn.Identity(),
         "Add": lambda *parts: functools.reduce(torch.add, parts),
         "Average": lambda *parts: functools.reduce(torch.add, parts) / len(parts),
         "GlobalAveragePooling2D": lambda x: x.mean(dim=(2, 3)),
+        "GlobalMaxPooling2D": lambda x: x.amax(dim=(2, 3)),
     }[kind]
 
 

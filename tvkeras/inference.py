@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tvkeras import backends, checks, contract, folding, inputs, norms
+from tvkeras import backends, checks, contract, inputs, norms
 from tvkeras.inputs import UNIT, as_float
 
 Tensor = Any
@@ -51,9 +51,7 @@ class CompiledClassifier:
     def __init__(self, classifier: keras.Model, bounds: tuple[float, float] | None = None) -> None:
         self.classifier, self.own_bounds = contract.unwrapped(classifier, bounds)
         self.bounds = self.own_bounds  # of the images given, other than in `unit`
-        # The same function in fewer and faster operations, for searches.
-        folded, self._weights = folding.folded(self.classifier)
-        self._clone = backends.fast_twin(folded)
+        self._clone = backends.fast_twin(self.classifier)  # fused kernels, the same function
         self._generator = keras.random.SeedGenerator(0)
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._num_classes: dict[tuple[int, ...], int] = {}
@@ -69,18 +67,16 @@ class CompiledClassifier:
             function: Called as `function(logits, *tensors)` where `logits` maps images
                 in [0, 1] to logits in inference mode; returns a structure of tensors.
             own: Whether `logits` calls the classifier itself, for what must hold of it,
-                and not its clone, which a search asks for speed.
+                and not its fused clone, which a search asks for speed.
         """
         key = (key, own)
         if key not in self._compiled:
             model = self.classifier if own else self._clone
 
             def pure(trainable: Any, state: Any, *tensors: Tensor) -> Any:
-                weights = (trainable, state) if own else self._weights(trainable, state)
-
                 def logits(images: Tensor) -> Tensor:
                     native = self.own_bounds.native(images)
-                    outputs = model.stateless_call(*weights, native, training=False)[0]
+                    outputs = model.stateless_call(trainable, state, native, training=False)[0]
                     return ops.cast(outputs, images.dtype)
 
                 return function(logits, *tensors)

@@ -27,7 +27,7 @@ from absl import app, flags
 import tvkeras
 import tvkeras.data
 from benchmarks.common import Clock, described
-from tvkeras import attacks, config, folding, runs
+from tvkeras import attacks, config, runs
 from tvkeras.inference import CompiledClassifier
 from tvkeras.training.loop import train
 
@@ -97,14 +97,8 @@ def ours(case: Case, model: CompiledClassifier) -> Outcome:
 
 
 def published(case: Case) -> Outcome:
-    """Runs the published suites, on the network with its BatchNorm folded in, as ours are."""
-    network, fold = folding.folded(case.classifier)
-    parts = "trainable_variables", "non_trainable_variables"
-    weights = fold(*([v.value for v in getattr(case.classifier, part)] for part in parts))
-    for part, values in zip(parts, weights, strict=True):
-        for variable, value in zip(getattr(network, part), values, strict=True):
-            variable.assign(value)
-    layers, weights = described(network)
+    """Runs the published suites."""
+    layers, weights = described(case.classifier)
     logits = case.classifier.predict(case.images, verbose=0)
     settings = {
         "layers": layers,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.common import Clock
 
@@ -26,6 +27,8 @@ Layer = Callable[..., torch.Tensor]
 
 class Network(nn.Module):
     """A functional Keras model of the layers in `_layer`, in inference mode.
+
+    BatchNorm is folded into the convolution before it, as who attacks a network would do.
 
     Args:
         layers: As `common.described` returns them.
@@ -45,6 +48,17 @@ class Network(nn.Module):
                 self.add_module(name, made)
             self.steps[name] = inputs, made
         self.eval()
+        for name, (inputs, layer) in self.steps.items():
+            if isinstance(layer, nn.BatchNorm2d):
+                self._fold(name, inputs[0], layer)
+
+    def _fold(self, name: str, before: str, norm: nn.BatchNorm2d) -> None:
+        """Folds a BatchNorm, through a pooling too: its factors are positive where that matters."""
+        while not isinstance(self.steps[before][1], nn.Conv2d):
+            (before,) = self.steps[before][0]
+        inputs, conv = self.steps[before]
+        self.steps[before] = inputs, fuse_conv_bn_eval(conv, norm)
+        self.steps[name] = self.steps[name][0], nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of images of shape `(batch, channels, height, width)`."""
@@ -67,7 +81,9 @@ def _layer(kind: str, config: dict, weights: list[torch.Tensor]) -> Layer:
         return conv
     if kind == "BatchNormalization":
         norm = nn.BatchNorm2d(len(weights[0]), eps=config["epsilon"])
-        norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var = weights
+        *scale, norm.bias.data, norm.running_mean, norm.running_var = weights
+        if scale:
+            norm.weight.data = scale[0]
         return norm
     if kind == "Dense":
         head = nn.Linear(*weights[0].shape, bias=config["use_bias"])
@@ -83,7 +99,6 @@ def _layer(kind: str, config: dict, weights: list[torch.Tensor]) -> Layer:
     if kind == "Rescaling":
         return lambda x: x * config["scale"] + config["offset"]
     return {
-        "_Nothing": nn.Identity(),
         "Add": lambda *parts: functools.reduce(torch.add, parts),
         "Average": lambda *parts: functools.reduce(torch.add, parts) / len(parts),
         "GlobalAveragePooling2D": lambda x: x.mean(dim=(2, 3)),

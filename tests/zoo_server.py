@@ -1,8 +1,41 @@
-"""A loopback HTTP server that serves a folder, well or badly."""
+"""Zoos of the tests, and a loopback HTTP server that serves a folder, well or badly."""
 
 import contextlib
 import http.server
+import os
+import subprocess
+import sys
 import threading
+
+from tests.conftest import ROOT
+from tvkeras.zoo import store
+
+ARGUMENTS = {"width": 4, "input_shape": (8, 8, 1)}
+
+
+def index_of(folder, **settings):
+    """The index entry of the files in a folder."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {name: store.File.of(content)._asdict() for name, content in contents.items()}
+    return {"schema": store.SCHEMA, "files": files, **settings}
+
+
+def start(origin, code, backend):
+    """A process in which the zoo is that of `origin`; it runs `code`."""
+    preamble = f"""
+import pathlib, sys
+sys.modules["tensorflow" if {backend!r} == "jax" else "jax"] = None  # any import of it fails
+import tvkeras
+from tvkeras.zoo import store
+store.INDEX, store.CHECKOUT = pathlib.Path({str(origin)!r}, "index.json"), None
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", preamble + code],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

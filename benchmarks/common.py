@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,15 @@ class Clock:
 
 def _now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
+
+
+def resident(entry: str) -> float:
+    """MiB this process holds (VmRSS) or has held at most (VmHWM), on Linux.
+
+    Not `resource.getrusage`, whose maximum a process inherits from its parent.
+    """
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
 
 
 def described(classifier: Any) -> tuple[list[dict], dict[str, np.ndarray]]:

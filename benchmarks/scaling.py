@@ -1,99 +1,129 @@
-"""What a step sends between devices: the compiled program's collectives, against BUILD's sum.
+"""Seconds and memory as the work grows, with the exponents that fit them.
 
-    KERAS_BACKEND=jax python -m benchmarks.scaling [--model=resnext34] [--batch_size=16]
+    python -m benchmarks.scaling [--axes=images,classes,pixels,devices]
 
-Compiles the training step for two virtual devices of this machine and adds up the
-results of its collective operations, which the cost model puts at four bytes a
-parameter. Then times the step on one device and on two.
+Trains for an epoch under TV + Lipschitz, and attacks by ten steps of PGD, with one thing after
+another made larger: the number of images, of classes, of pixels in an image, and of devices
+(virtual ones, on the same cores: they share each batch, so that the whole work stays what it
+is). Each point is measured in a process of its own: the second epoch or attack, which compiles
+nothing, and the peak of memory over what the process held before. An exponent is the slope of
+the logarithms: 1 where the cost grows as the work does, 0 where it stays.
 """
 
+import json
 import os
-import re
-import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
-import jax
 import keras
 import numpy as np
 from absl import app, flags
 
 import tvkeras
-from tvkeras import backends
+from benchmarks.common import resident
+from tvkeras import attacks, backends
 
-VARIANTS = {
-    "plain": tvkeras.Undefended(),
-    "TV": tvkeras.TVLipschitz(fd_step=0.1),
-    "TV + Lipschitz": tvkeras.TVLipschitz(fd_step=0.1, lipschitz_weight=0.1),
+AXES = {
+    "images": (1024, 2048, 4096, 8192),
+    "classes": (10, 30, 100, 300),
+    "pixels": (32**2, 45**2, 64**2, 90**2),
+    "devices": (1, 2, 4),
 }
-BYTES = {"pred": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|collective-permute|all-to-all)\(")
-ROUNDS = 3
+BATCH = 64
 
-_MODEL = flags.DEFINE_string("model", "resnext34", "A name of tvkeras.models.BUILDERS.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images in a batch, over both devices.")
+_AXES = flags.DEFINE_list("axes", list(AXES), "What grows.")
+_POINT = flags.DEFINE_string("point", None, "Internal: the job and sizes of one measurement.")
 
 
-def measured(variant: str, devices: int) -> tuple[dict[str, int], float, int]:
-    """Bytes by kind of collective, seconds a step, and parameters."""
-    rng = np.random.default_rng(0)
-    images = rng.random((_BATCH_SIZE.value, 32, 32, 3), "float32")
-    labels = rng.integers(0, 10, _BATCH_SIZE.value)
+def training(images: np.ndarray, labels: np.ndarray, classes: int, devices: int) -> list[float]:
+    """Seconds of two epochs."""
     with backends.spread(devices):
-        model = tvkeras.models.build(_MODEL.value, 10, input_shape=(32, 32, 3))
-        robust = tvkeras.RobustClassifier(model, VARIANTS[variant])
-        robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
-        robust.optimizer.build(robust.trainable_variables)
-        groups = (
-            robust.trainable_variables,
-            robust.non_trainable_variables,
-            robust.optimizer.variables,
-            robust.metrics_variables,
+        robust = tvkeras.RobustClassifier(
+            network(images, classes),
+            tvkeras.TVLipschitz(norm="l2", tv_weight=0.1, lipschitz_weight=0.1, fd_step=0.1),
         )
-        state = tuple([variable.value for variable in group] for group in groups)
-        batch = jax.device_put((images, labels), _over_devices(devices))
-        step = jax.jit(robust.train_step).lower(state, batch).compile()
-        sent: dict[str, int] = {}
-        for shapes, kind in COLLECTIVE.findall(step.as_text()):
-            sent[kind] = sent.get(kind, 0) + _bytes(shapes)
-        seconds = []
-        for _ in range(ROUNDS):
-            start = time.monotonic()
-            jax.block_until_ready(step(state, batch))
-            seconds.append(time.monotonic() - start)
-    return sent, statistics.median(seconds), model.count_params()
+        robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
+        return timed(lambda: robust.fit(images, labels, batch_size=BATCH, verbose=0))
 
 
-def _over_devices(devices: int) -> jax.sharding.Sharding:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+def attack(images: np.ndarray, labels: np.ndarray, classes: int, devices: int) -> list[float]:
+    """Seconds of two attacks."""
+    model = tvkeras.inference.CompiledClassifier(network(images, classes))
+    pgd = attacks.ProjectedGradient(norm="l2", steps=10)
+    return timed(lambda: pgd(model, images, labels, epsilon=0.5, batch_size=BATCH))
 
 
-def _bytes(shapes: str) -> int:
-    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    return sum(
-        BYTES[dtype] * int(np.prod([int(side) for side in sides.split(",") if side] or [1]))
-        for dtype, sides in found
-    )
+def network(images: np.ndarray, classes: int) -> keras.Model:
+    """A small ResNet-9."""
+    keras.utils.set_random_seed(0)
+    return tvkeras.models.build("resnet9", classes, input_shape=images.shape[1:], width=8)
+
+
+def timed(job: Callable[[], object]) -> list[float]:
+    """Seconds of a job, twice."""
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        job()
+        seconds.append(time.monotonic() - start)
+    return seconds
+
+
+JOBS = {"training": training, "attack": attack}
+
+
+def measured(job: str, sizes: dict[str, int]) -> tuple[float, float]:
+    """Seconds and MiB of one point, in a process of its own."""
+    point = json.dumps({"job": job, **sizes})
+    flag = f"--xla_force_host_platform_device_count={sizes['devices']}"
+    output = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", f"--point={point}"],
+        env={**os.environ, "XLA_FLAGS": flag},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    seconds, memory = map(float, output.split()[-2:])
+    return seconds, memory
+
+
+def print_point(job: str, images: int, classes: int, pixels: int, devices: int) -> None:
+    """Body of the process that `measured` starts."""
+    if devices > 1 and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        parts = [tf.config.LogicalDeviceConfiguration()] * devices
+        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
+    rng, side = np.random.default_rng(0), round(pixels**0.5)
+    before = resident("VmRSS")
+    arrays = rng.random((images, side, side, 3), "float32"), rng.integers(0, classes, images)
+    seconds = JOBS[job](*arrays, classes, devices)
+    print(seconds[-1], resident("VmHWM") - before)
 
 
 def main(_: list[str]) -> None:
-    """Print the table."""
-    print(f"{_MODEL.value}, batch {_BATCH_SIZE.value} over two virtual devices, kB a step")
+    """Prints a table."""
+    if _POINT.value:
+        print_point(**json.loads(_POINT.value))
+        return
+    first = {axis: values[0] for axis, values in AXES.items()}
     print(
-        f"{'':16}{'4 bytes/parameter':>20}{'all-reduce':>12}{'all-gather':>12}{'other':>8}", end=""
+        f"{keras.backend.backend()}, resnet9 of width 8, batches of {BATCH}, {os.cpu_count()} cores"
     )
-    print(f"{'s, one device':>16}{'s, two':>10}")
-    for variant in VARIANTS:
-        _, alone, _ = measured(variant, 1)
-        sent, together, parameters = measured(variant, 2)
-        reduced, gathered = sent.pop("all-reduce", 0), sent.pop("all-gather", 0)
-        sizes = (4 * parameters, reduced, gathered, sum(sent.values()))
-        row = "".join(
-            f"{size / 1e3:{w}.1f}" for size, w in zip(sizes, (20, 12, 12, 8), strict=True)
-        )
-        print(f"{variant:16}{row}{alone:16.3f}{together:10.3f}", flush=True)
+    print(f"{'':10}{'':10}{'seconds':>32}{'exponent':>10}{'MiB':>28}{'exponent':>10}")
+    for axis in _AXES.value:
+        for job in JOBS:
+            if (axis, job) == ("devices", "attack"):  # attacks run on one
+                continue
+            points = [measured(job, {**first, axis: value}) for value in AXES[axis]]
+            row = f"{axis:10}{job:10}"
+            for values, width in zip(zip(*points, strict=True), (8, 7), strict=True):
+                slope = np.polyfit(np.log(AXES[axis]), np.log(values), 1)[0]
+                text = "".join(f"{value:{width}.{1 if width == 8 else 0}f}" for value in values)
+                row += f"{text:>{4 * width}}{slope:10.2f}"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

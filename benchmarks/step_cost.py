@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
+from benchmarks.common import resident
 
 PENALTY = {"norm": "l2", "tv_weight": 0.1, "lipschitz_weight": 0.1, "fd_step": 1e-2}
 VARIANTS = {
@@ -88,19 +89,10 @@ def peak_memory(variant: str) -> float:
 def print_own_memory(variant: str) -> None:
     """Body of the process that `peak_memory` starts."""
     step = keras_step(variant)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for _ in range(3):
         step()
-    print(_resident("VmHWM") - before)
-
-
-def _resident(entry: str) -> float:
-    """MiB this process holds (VmRSS) or has held at most (VmHWM), on Linux.
-
-    Not `resource.getrusage`, whose maximum a process inherits from its parent.
-    """
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
+    print(resident("VmHWM") - before)
 
 
 def main(_: list[str]) -> None:

@@ -1,20 +1,25 @@
 """Cost of a training step under each defence, as a multiple of a plain one.
 
-    python -m benchmarks.step_cost [--reference_dir=CHECKOUT]
+    python -m benchmarks.step_cost [--model=airbench] [--precision=mixed_bfloat16]
+        [--torch_python=PYTHON]
 
-Times whole optimizer steps of the same network on the same batch, in turns, so
-that a change of the machine's speed meets all alike; quotes medians. Peak memory is
-that of a process of its own for each variant, over what it held before its first
-step. With torch installed and a checkout of the paper's public code (its folder
-with `cifar10/`), its plain and penalised steps are timed in the same turns (its
-penalty is the squared total variation, without a Lipschitz term).
+Times whole optimizer steps of the same network on the same batch, in turns, so that a change of
+the machine's speed meets all alike; quotes medians. Peak memory is that of a process of its own
+for each variant, over what it held before its first step. With a Python that has torch, plain
+and penalised steps of the network's copy in PyTorch (channels last, autograd's three passes;
+with and without `torch.compile`) are timed in the same turns.
+
+The rate is that of the arithmetic alone (see `models.multiply_adds`), three forward passes'
+worth for each pass, beside that of a large product of matrices in the same precision.
 """
 
+import json
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -23,9 +28,10 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
-from benchmarks.common import resident
+from benchmarks.common import described, resident
+from tvkeras import backends
 
-PENALTY = {"norm": "l2", "tv_weight": 0.1, "lipschitz_weight": 0.1, "fd_step": 1e-2}
+PENALTY = {"norm": "l2", "tv_weight": 0.1, "lipschitz_weight": 0.1, "fd_step": 0.1}
 VARIANTS = {
     "plain": lambda: tvkeras.Undefended(),
     "TV + Lipschitz": lambda: tvkeras.TVLipschitz(**PENALTY),
@@ -35,14 +41,31 @@ VARIANTS = {
     ),
     "7-step adversarial training": lambda: tvkeras.AdversarialTraining(norm="linf", steps=7),
 }
-REFERENCE = {"plain": False, "squared TV": True}
+IN_TORCH = {
+    f"{name}{', compiled' if compiled else ''}, PyTorch": {
+        "penalised": penalised,
+        "compiled": compiled,
+    }
+    for compiled in (False, True)
+    for name, penalised in {"plain": False, "TV + Lipschitz": True}.items()
+}
+PASSES = {"plain": 1, "TV + Lipschitz": 2}  # of those whose arithmetic is known
 
 _MODEL = flags.DEFINE_string("model", "resnext34", "A name of tvkeras.models.BUILDERS.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images in a batch.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each variant.")
-_REFERENCE_DIR = flags.DEFINE_string("reference_dir", None, "Checkout of the paper's code.")
-_REFERENCE_PYTHON = flags.DEFINE_string("reference_python", sys.executable, "Python with torch.")
+_ARGUMENTS = flags.DEFINE_string("arguments", "{}", "For the model's builder, as JSON.")
+_PRECISION = flags.DEFINE_string("precision", "float32", "A dtype policy of Keras.")
+_TORCH = flags.DEFINE_string("torch_python", None, "Python with torch.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: measure one variant's memory.")
+
+
+def network() -> keras.Model:
+    """The network whose steps are timed."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(_PRECISION.value)
+    arguments = {"input_shape": (32, 32, 3), **json.loads(_ARGUMENTS.value)}
+    return tvkeras.models.build(_MODEL.value, 10, **arguments)
 
 
 def keras_step(variant: str) -> Callable[[], object]:
@@ -50,22 +73,19 @@ def keras_step(variant: str) -> Callable[[], object]:
     rng = np.random.default_rng(0)
     images = rng.random((_BATCH_SIZE.value, 32, 32, 3), "float32")
     labels = rng.integers(0, 10, _BATCH_SIZE.value)
-    keras.utils.set_random_seed(0)
-    robust = tvkeras.RobustClassifier(
-        tvkeras.models.build(_MODEL.value, 10), VARIANTS[variant](), seed=0
-    )
+    robust = tvkeras.RobustClassifier(network(), VARIANTS[variant](), seed=0)
     robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
     return lambda: robust.train_on_batch(images, labels)
 
 
-class ReferenceStep:
-    """One step of the paper's public PyTorch code, in a process of its own."""
+class TorchStep:
+    """One step of the copy in PyTorch, in a process of its own."""
 
-    def __init__(self, penalised: bool) -> None:
-        script = pathlib.Path(__file__).with_name("reference_step.py")
-        settings = [_REFERENCE_DIR.value, str(_BATCH_SIZE.value), str(int(penalised))]
+    def __init__(self, folder: str, settings: dict[str, bool]) -> None:
+        low = "bfloat16" in _PRECISION.value
+        chosen = json.dumps({**settings, "bfloat16": low, "batch_size": _BATCH_SIZE.value})
         self._process = subprocess.Popen(
-            [_REFERENCE_PYTHON.value, script, *settings],
+            [_TORCH.value, "-m", "benchmarks.torch_step", folder, chosen],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,13 +95,27 @@ class ReferenceStep:
         """Asks for a step and waits until it is done."""
         print("step", file=self._process.stdin, flush=True)
         if self._process.stdout.readline() != "done\n":
-            raise RuntimeError(f"the reference failed with {self._process.wait()}.")
+            raise RuntimeError(f"the step in PyTorch failed with {self._process.wait()}.")
+
+
+def product_rate() -> float:
+    """GFLOP/s of a large product of matrices, now."""
+    side, dtype = 4096, keras.config.dtype_policy().compute_dtype
+    one = keras.ops.ones((side, side), dtype)
+    multiply = backends.compiled(lambda a, b: keras.ops.sum(keras.ops.matmul(a, b)))
+    seconds = []
+    for _ in range(4):
+        start = time.monotonic()
+        float(multiply(one, one))
+        seconds.append(time.monotonic() - start)
+    return 2 * side**3 / min(seconds) / 1e9
 
 
 def peak_memory(variant: str) -> float:
     """MiB that three steps of a variant add to a fresh process at the most."""
     command = [sys.executable, "-m", "benchmarks.step_cost", f"--memory_of={variant}"]
-    settings = [f"--model={_MODEL.value}", f"--batch_size={_BATCH_SIZE.value}"]
+    chosen = (_MODEL, _ARGUMENTS, _BATCH_SIZE, _PRECISION)
+    settings = [f"--{flag.name}={flag.value}" for flag in chosen]
     output = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
     return float(output.stdout.split()[-1])
 
@@ -101,11 +135,14 @@ def main(_: list[str]) -> None:
         print_own_memory(_MEMORY_OF.value)
         return
     steps: dict[str, Callable[[], object]] = {name: keras_step(name) for name in VARIANTS}
-    if _REFERENCE_DIR.value:
-        names = {f"{name}, PyTorch reference": penalised for name, penalised in REFERENCE.items()}
-        steps |= {name: ReferenceStep(penalised) for name, penalised in names.items()}
+    if _TORCH.value:
+        folder = pathlib.Path(tempfile.mkdtemp())
+        layers, arrays = described(network())
+        (folder / "layers.json").write_text(json.dumps(layers))
+        np.savez(folder / "arrays.npz", **arrays)
+        steps |= {name: TorchStep(str(folder), settings) for name, settings in IN_TORCH.items()}
     else:
-        print("No --reference_dir: the PyTorch reference is skipped.")
+        print("No --torch_python: PyTorch is skipped.")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(_ROUNDS.value + 2):  # two to compile and to warm up
         for name, step in steps.items():
@@ -114,15 +151,19 @@ def main(_: list[str]) -> None:
             if number >= 2:
                 seconds[name].append(time.monotonic() - start)
     print(
-        f"{_MODEL.value}, batch {_BATCH_SIZE.value}, {keras.backend.backend()}, "
-        f"{os.cpu_count()} cores, median of {_ROUNDS.value} steps"
+        f"{_MODEL.value}, batch {_BATCH_SIZE.value}, {_PRECISION.value}, "
+        f"{keras.backend.backend()}, {os.cpu_count()} cores, median of {_ROUNDS.value} steps"
     )
-    print(f"{'':<34}{'x plain':>8}{'images/s':>10}")
+    pass_gflop = 6 * _BATCH_SIZE.value * tvkeras.models.multiply_adds(network()) / 1e9
+    print(f"{'':<34}{'x plain':>8}{'images/s':>10}{'GFLOP/s':>10}")
     for name, values in seconds.items():
         pairs = zip(values, seconds["plain"], strict=True)
         ratio = statistics.median(one / other for one, other in pairs)
         speed = _BATCH_SIZE.value / statistics.median(values)
-        print(f"{name:<34}{ratio:8.2f}{speed:10.1f}", flush=True)
+        passes = PASSES.get(name)
+        rate = f"{passes * pass_gflop / statistics.median(values):10.0f}" if passes else ""
+        print(f"{name:<34}{ratio:8.2f}{speed:10.1f}{rate}", flush=True)
+    print(f"{'a product of matrices':<52}{product_rate():10.0f}")
     print(f"{'peak memory':<34}{'x plain':>8}{'MiB':>10}")
     memory: dict[str, float] = {}
     for name in VARIANTS:

@@ -68,8 +68,6 @@ def test_what_is_no_suite(chosen, message):
         trials.chosen(chosen, RADII)
 
 
-
-
 def test_a_classifier_in_8_bit_bounds_has_the_card_of_the_same_in_unit_bounds(tmp_path):
     classifier = net(dtype="float32")
     pixels = keras.Input((6, 6, 2))

@@ -121,6 +121,15 @@ def test_what_gin_does_not_know_is_compared_too(tmp_path):
         runs.Run(tmp_path).claim(config, {"backend": "jax", "shape": (8, 8), "data_sha256": "2"})
 
 
+def test_how_a_run_is_measured_may_change(tmp_path):
+    before = "# Parameters for Task:\nTask.norm = 'l2'\n"
+    long = "Task.epsilons = \\\n    (0.1,\n     0.2)\n"
+    for more in ("", long, "Task.attacked_images = 100\n# Parameters for Execution:\n"):
+        runs.Run(tmp_path).claim(before + more, {})
+    with pytest.raises(ValueError, match=r"-Task.norm = 'l2'\n\+Task.norm = 'linf'\n"):
+        runs.Run(tmp_path).claim(before.replace("l2", "linf") + long, {})
+
+
 def test_other_versions_are_said_and_kept(tmp_path, monkeypatch):
     runs.Run(tmp_path).claim("", {})
     now = runs.versions()

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,15 @@ import numpy as np
 from tvkeras import checkpoint, defenses, models
 from tvkeras.defenses import Defense
 
-# Settings that change when and where, not what, a run computes: a continuation may differ in them.
-FREE_SETTINGS = ("Execution.checkpoint_minutes", "Execution.checkpoint_steps", "Task.download")
+# Settings that change how a run is kept and measured, not what it trains: a continuation may
+# differ in them.
+FREE_SETTINGS = (
+    "Execution.checkpoint_minutes",
+    "Execution.checkpoint_steps",
+    "Task.attacked_images",
+    "Task.download",
+    "Task.epsilons",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,5 +337,8 @@ def _from_repr(text: str) -> Defense:
 
 
 def _binding(config: str) -> list[str]:
-    """The lines of a configuration without those that a continuation may change."""
-    return [line for line in config.splitlines() if not line.startswith(FREE_SETTINGS)]
+    """The lines of a configuration that a continuation must keep."""
+    free = "|".join(map(re.escape, FREE_SETTINGS))
+    # gin puts a long value on lines of its own, indented, and a heading over each group
+    left = re.sub(rf"^(({free}) =.*\n([ \t]+.*\n)*|#.*\n|\n)", "", f"{config}\n", flags=re.M)
+    return left.splitlines()

@@ -259,7 +259,8 @@ def test_other_misuse_is_refused():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")
-@pytest.mark.parametrize(("training", "activation"), [(True, "gelu"), (False, "silu")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_the_fast_twin_is_the_same_function(training, activation):
     from tvkeras import backends
 

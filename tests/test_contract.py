@@ -99,10 +99,13 @@ def refuses(call, name, what):
         call(shared(), images, labels)
 
 
-@pytest.mark.parametrize("name", [*ENTRIES, *OTHERS])
+GATE = {"gate": lambda m, x, y: m.labels(y, m.images(x))}
+
+
+@pytest.mark.parametrize("name", [*GATE, *ENTRIES, *OTHERS])
 def test_every_entry_point_refuses_bad_images_and_labels(name):
-    call = {**ENTRIES, **OTHERS}[name]
-    labelled = name in {**LABELLED, **TRAINED, **OTHERS}
+    call = {**GATE, **ENTRIES, **OTHERS}[name]
+    labelled = name in {**GATE, **LABELLED, **TRAINED, **OTHERS}
     for what in [*BAD_IMAGES, *(f"{what} labels" for what in BAD_LABELS if labelled)]:
         refuses(call, name, what)
 

@@ -11,12 +11,11 @@ Tensor = Any
 
 
 def fast_twin(classifier: keras.Model) -> keras.Model:
-    """The same function, faster: BatchNorm as TensorFlow's fused kernel, GELU and SiLU in one.
+    """The same function, faster: BatchNorm as a fused kernel, GELU and SiLU as a loop each.
 
-    Keras computes BatchNorm from elementary operations, and TensorFlow the activations and
-    their gradients. The twin is a clone whose layers do neither; called
-    statelessly with the classifier's own variables, it leaves the classifier a plain
-    Keras model.
+    Keras and TensorFlow compose all three, and their gradients, of elementary operations. The
+    layers of the twin, a clone, do not; called statelessly with the classifier's own
+    variables, it leaves the classifier a plain Keras model.
 
     Returns:
         The twin, or `classifier` itself where nothing can be replaced, or where a
@@ -25,7 +24,6 @@ def fast_twin(classifier: keras.Model) -> keras.Model:
     """
     if not _is_clonable(classifier) or not any(map(_faster, _flatten(classifier))):
         return classifier
-
     try:
         twin = _cloned(classifier, _faster)
         pairs = [(twin, classifier)]

@@ -78,7 +78,7 @@ LABELLED = {
     "estimated": bounds.estimated_bound,
     "audit": lambda m, x, y: evaluation.audit(m, x, y, norm="l2", epsilons=(0.1,), steps=2),
     "benchmark": lambda m, x, y: tvkeras.benchmark(m, x, y, **BRIEF),
-    "suite": lambda m, x, y: suite.run(m, x, y, TRIALS)[0].results["0.1"],
+    "suite": lambda m, x, y: suite.run(m, x, y, TRIALS)[0].results[0.1],
 }
 UNLABELLED = {
     "gradient_norms": lambda m, x, _: gradient_norms(m, x, "l2", "model"),

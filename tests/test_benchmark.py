@@ -7,13 +7,16 @@ import pytest
 
 from tests.cards import DDN, PGD, assert_page_is_its_card, brief, result, table
 from tests.conftest import BACKEND, batch, net
-from tvkeras import attacks
+from tvkeras import attacks, checks
 from tvkeras.evaluation import card, reports, suite, trials
 from tvkeras.evaluation.detecting import Detection
 from tvkeras.evaluation.trials import Trial
 
 # ---- Suites ------------------------------------------------------------------------------
-RADII = {"l2": (0, "1/2", 0.25, 1.0), "linf": ("8/255",)}
+RADII = {
+    "l2": tuple(checks.epsilon(value) for value in (0, "1/2", 0.25, 1.0)),
+    "linf": (checks.epsilon("8/255"),),
+}
 
 
 def test_named_suites_meet_every_norm_at_its_radii():
@@ -21,8 +24,8 @@ def test_named_suites_meet_every_norm_at_its_radii():
     assert [trial.name for trial in quick] == [
         *("PGD l2", "DDN", "Square l2", "PGD linf", "FMN linf", "Square linf")
     ]
-    assert quick[0].epsilons == (0.25, "1/2", 1.0)
-    assert quick[2].epsilons == ("1/2",)  # the middle one
+    assert quick[0].epsilons == (0.25, 0.5, 1.0)
+    assert quick[2].epsilons == (0.5,)  # the middle one
     standard = {trial.name: trial for trial in trials.chosen("standard", RADII)}
     assert standard["AutoAttack linf"].attack == attacks.AutoAttack(norm="linf")
     assert len(standard) == len(quick) + 2
@@ -37,7 +40,7 @@ def test_a_suite_of_ones_own_joins_and_replaces():
     chosen = trials.chosen(["quick", dataclasses.replace(DDN, name="PGD l2"), PGD.attack], RADII)
     assert [trial.name for trial in chosen][0::6] == ["PGD l2", "ProjectedGradient l2"]
     assert chosen[0].attack == DDN.attack
-    assert chosen[6].epsilons == (0.25, "1/2", 1.0)
+    assert [str(epsilon) for epsilon in chosen[6].epsilons] == ["0.25", "1/2", "1.0"]
 
 
 def test_what_is_not_autoattack_is_not_called_so():
@@ -48,7 +51,7 @@ def test_what_is_not_autoattack_is_not_called_so():
     found = attacks.AutoAttackResult(
         **parts, distance=np.ones(1), version="custom: 2 classes", broken_by=np.array([""])
     )
-    report = reports.attack_report(suite.Outcome(trial=auto, results={"1": found}), ())
+    report = reports.attack_report(suite.Outcome(trial=auto, results={1.0: found}), ())
     assert (report.name, report.settings) == ("custom suite l2", "custom: 2 classes")
 
 
@@ -83,6 +86,7 @@ def test_a_classifier_in_8_bit_bounds_has_the_card_of_the_same_in_unit_bounds(tm
     assert other.worst_case == one.worst_case
     assert other.detection[0].threshold == pytest.approx(one.detection[0].threshold, rel=1e-4)
     assert other.gradient_norms.keys() == {"loss", "model"}
+    assert brief(classifier, images, labels, **guarded | {"detection": None}).detection == ()
     assert other.model["bounds"] == [0, 255]
     other.save(tmp_path)
     assert_page_is_its_card(tmp_path)

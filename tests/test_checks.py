@@ -1,3 +1,4 @@
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,14 @@ from tvkeras import checks
 )
 def test_epsilon_accepts_numbers_and_fractions(value, expected):
     assert checks.epsilon(value) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("written", ["8/255", "0.10", 0.5])
+def test_a_radius_is_shown_as_it_was_written(written):
+    radius = pickle.loads(pickle.dumps(checks.epsilon(written)))
+    assert checks.epsilon(radius) is radius
+    assert (f"{radius}", repr(radius)) == (str(written), repr(written))
+    assert radius == float(Fraction(written))
 
 
 WORDS = ["8/0", "eight", "nan", "inf", "1e400", "-1e999999999", f"{10**400}/3", None, True, [1]]

@@ -7,7 +7,7 @@ from absl import flags
 
 import tvkeras
 from tests.conftest import BACKEND, net
-from tvkeras import config, train
+from tvkeras import checks, config, train
 from tvkeras.defenses import Defense
 from tvkeras.evaluation import trials
 from tvkeras.evaluation.benchmark import benchmark
@@ -57,7 +57,8 @@ def test_every_evaluation_binds_with_every_suite(path, more):
 
     def suite():
         own = [p if isinstance(p, str) else p.scoped_configurable_fn() for p in parts]
-        return trials.chosen(own, bound("benchmark.epsilons"))
+        given = bound("benchmark.epsilons").items()
+        return trials.chosen(own, {norm: [*map(checks.epsilon, radii)] for norm, radii in given})
 
     if BACKEND != "tensorflow" and more and more.stem in ("suite_talk", "suite_zoo"):
         with pytest.raises(ValueError, match=r"cannot be had: .*KERAS_BACKEND=tensorflow"):

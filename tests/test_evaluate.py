@@ -12,7 +12,7 @@ import pytest
 import tvkeras
 from tests.cards import DDN, PGD, assert_page_is_its_card, brief, by_hand, result, table
 from tests.conftest import BACKEND, ROOT
-from tvkeras import attacks, config, train
+from tvkeras import attacks, checks, config, train
 from tvkeras.evaluation import card, page, reports, suite
 from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.detecting import Detection
@@ -177,18 +177,18 @@ def test_an_evaluation_that_is_repeated_finds_the_same_without_attacking(evaluat
 
 
 def test_the_worst_case_is_the_smallest_distance_over_attacks_of_one_norm():
-    pgd = suite.Outcome(
-        trial=PGD, results={"0.25": result([np.inf, 0.2, 0.1]), "1/2": result([0.4, 0.5, 0.1])}
-    )
-    ddn = suite.Outcome(trial=DDN, results={"": result([0.3, np.inf, 0.2, 0.0])})
+    found = {0.25: result([np.inf, 0.2, 0.1]), checks.epsilon("1/2"): result([0.4, 0.5, 0.1])}
+    pgd = suite.Outcome(trial=PGD, results=found)
+    assert pgd.farthest[0] == "PGD, ε = 1/2"
+    ddn = suite.Outcome(trial=DDN, results={None: result([0.3, np.inf, 0.2, 0.0])})
     np.testing.assert_array_equal(suite.worst_case([pgd, ddn], "l2"), [0.3, 0.2, 0.1])
     assert len(suite.worst_case([pgd, ddn], "linf")) == 0
-    assert suite.broken(np.array([0.3, 0.2, np.inf]), "1/5").tolist() == [False, True, False]
+    assert suite.broken(np.array([0.3, 0.2, np.inf]), 0.2).tolist() == [False, True, False]
     few = dataclasses.replace(DDN, name="few", supplementary=True)
-    slow = suite.Outcome(trial=few, results={"": result([0.1])})
+    slow = suite.Outcome(trial=few, results={None: result([0.1])})
     np.testing.assert_array_equal(suite.worst_case([pgd, slow, ddn], "l2"), [0.1, 0.2, 0.1])
     np.testing.assert_array_equal(suite.worst_case([slow], "l2"), [0.1])
-    report = reports.attack_report(ddn, ("1/5",))
+    report = reports.attack_report(ddn, (checks.epsilon("1/5"),))
     assert report.error["1/5"].value == 0.5
     assert report.median_distance == 0.25
 

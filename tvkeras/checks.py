@@ -69,12 +69,27 @@ def whole_number(argument: str, value: Any, *, minimum: int = 0) -> int:
     raise ValueError(f"{argument} must be a whole number >= {minimum}, got {argument}={value!r}.")
 
 
-def epsilon(value: Any, argument: str = "epsilon") -> float:
+class Radius(float):
+    """A number that is shown as it was written: "8/255" stays that in tables and file names."""
+
+    written: float | str
+
+    def __str__(self) -> str:
+        return str(self.written)
+
+    def __repr__(self) -> str:
+        return repr(self.written)
+
+
+def epsilon(value: Any, argument: str = "epsilon") -> Radius:
     """Perturbation radius in pixel units, from a number or a fraction like "8/255".
 
     Raises:
         ValueError: If it is neither, or negative.
     """
+    if isinstance(value, Radius):
+        return value
+    written = value
     if isinstance(value, str):
         text, converted = value.replace(" ", ""), math.inf
         with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
@@ -86,7 +101,9 @@ def epsilon(value: Any, argument: str = "epsilon") -> float:
                 f"got {argument}={value!r}."
             )
         value = converted
-    return number(argument, value, minimum=0.0)
+    radius = Radius(number(argument, value, minimum=0.0))
+    radius.written = written
+    return radius
 
 
 def instance(argument: str, value: Any, example: str) -> Any:

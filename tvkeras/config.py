@@ -147,6 +147,8 @@ def _default(function: Callable[..., Any], parameter: inspect.Parameter) -> str:
     fields = getattr(function, "__dataclass_fields__", {})
     make = getattr(fields.get(parameter.name), "default_factory", dataclasses.MISSING)
     default = parameter.default if make is dataclasses.MISSING else make()
+    if type(default) in _REGISTERED:
+        return f"@{type(default).__name__}()"
     return f"@{default.__name__}" if inspect.isfunction(default) else repr(default)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from tvkeras import attacks, checks, norms, runs
 from tvkeras.attacks import Attack
 from tvkeras.bounds import Bound, SmoothedBound, estimated_bound
+from tvkeras.checks import Radius
 from tvkeras.detection import gradient_norms
 from tvkeras.evaluation import detecting, figures, reports, trials
 from tvkeras.evaluation.auditing import audit
@@ -21,10 +22,13 @@ from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.corruptions import corrupted_classes
 from tvkeras.evaluation.detecting import Detection
 from tvkeras.evaluation.suite import Bench, run, write_csv
-from tvkeras.evaluation.trials import Radii, Trial
+from tvkeras.evaluation.trials import Trial
 from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.inputs import UNIT
 
+Epsilons = Sequence[float | str]
+
+DETECTION = Detection()
 BATCH_SIZE = 250
 BATCH_VALUES = 2_500_000  # pixel values in a batch: 16 images of 224x224
 
@@ -49,7 +53,7 @@ def benchmark(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    epsilons: Radii | Mapping[str, Radii],
+    epsilons: Epsilons | Mapping[str, Epsilons],
     norm: str | None = None,
     suite: str | Sequence[str | Attack | Trial] = "quick",
     bounds: tuple[float, float] | None = None,
@@ -59,7 +63,7 @@ def benchmark(
     jacobian: bool = False,
     twin: keras.Model | Twin | None = None,
     held_out_images: np.ndarray | None = None,
-    detection: Detection | None = None,
+    detection: Detection | None = DETECTION,
     certification: Certification | None = None,
     name: str = "",
     dataset: str = "",
@@ -95,7 +99,7 @@ def benchmark(
             images on this one.
         held_out_images: Images that neither trained the classifier nor are among
             `images`: with them a gradient-norm detector is made, and attacked.
-        detection: How; by default `Detection()`.
+        detection: How; None for no detector.
         certification: How the classifier under noise is certified, such as
             `Certification(sigma=0.25)`, which takes hours; None for not at all.
         name: What to call the model.
@@ -131,7 +135,8 @@ def benchmark(
     radii = {norm: radii[norm] for norm in sorted({trial.attack.norm for trial in chosen})}
     how = {"batch_size": batch_size, "seed": seed, "progress": progress, "resume_dir": resume_dir}
     bench = _bench(model, bounds, images, labels, how)
-    detection = detection or Detection()
+    if detection is None:
+        held_out_images, detection = None, DETECTION
     detectors = detecting.fitted(bench, held_out_images, detection)
 
     predicted, gradients = _clean(bench, jacobian)
@@ -181,7 +186,9 @@ def _bench(
     return Bench(model=given, images=images, labels=given.labels(labels, images), how=how)
 
 
-def _radii(norm: str | None, epsilons: Radii | Mapping[str, Radii]) -> dict[str, Radii]:
+def _radii(
+    norm: str | None, epsilons: Epsilons | Mapping[str, Epsilons]
+) -> dict[str, tuple[Radius, ...]]:
     """The radii by norm, each of which has one above 0."""
     if isinstance(epsilons, Mapping):
         if norm is not None:
@@ -189,13 +196,14 @@ def _radii(norm: str | None, epsilons: Radii | Mapping[str, Radii]) -> dict[str,
         by_norm = dict(epsilons)
     else:
         by_norm = {checks.one_of("norm", norm, norms.DUALS): epsilons}
-    for name, radii in by_norm.items():
+    radii = {}
+    for name, given in by_norm.items():
         checks.one_of("a norm of epsilons", name, norms.DUALS)
         argument = f"epsilons[{name!r}]" if norm is None else "epsilons"
-        values = [checks.epsilon(radius, argument) for radius in checks.sequence(argument, radii)]
-        if max(values, default=0) <= 0:
-            raise ValueError(f"{argument} must hold a radius above 0, got {radii!r}.")
-    return by_norm
+        radii[name] = tuple(checks.epsilon(e, argument) for e in checks.sequence(argument, given))
+        if max(radii[name], default=0) <= 0:
+            raise ValueError(f"{argument} must hold a radius above 0, got {given!r}.")
+    return radii
 
 
 def _clean(bench: Bench, jacobian: bool) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
@@ -212,7 +220,7 @@ def _clean(bench: Bench, jacobian: bool) -> tuple[np.ndarray, dict[str, dict[str
 
 
 def _audit(
-    bench: Bench, radii: Mapping[str, Radii], twin: keras.Model | Twin | None
+    bench: Bench, radii: Mapping[str, Sequence[Radius]], twin: keras.Model | Twin | None
 ) -> tuple[AuditReport, ...]:
     """The audit of the attacks in each norm; none in l1."""
     other = twin.classifier if isinstance(twin, Twin) else twin
@@ -227,7 +235,7 @@ def _audit(
             bench.images,
             bench.labels,
             norm=norm,
-            epsilons=[epsilon for epsilon in given if checks.epsilon(epsilon) > 0],
+            epsilons=[epsilon for epsilon in given if epsilon > 0],
             seed=bench.how["seed"],
             surrogate=other,
             batch_size=bench.how["batch_size"],
@@ -239,7 +247,9 @@ def _audit(
 
 
 def _bounds(
-    bench: Bench, radii: Mapping[str, Radii], certified: tuple[SmoothedBound, np.ndarray] | None
+    bench: Bench,
+    radii: Mapping[str, Sequence[Radius]],
+    certified: tuple[SmoothedBound, np.ndarray] | None,
 ) -> tuple[BoundReport, ...]:
     size, labels = bench.how["batch_size"], bench.labels
     found: list[tuple[Bound, np.ndarray]] = [

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from tvkeras import checks
 from tvkeras.bounds import Bound
+from tvkeras.checks import Radius
 from tvkeras.evaluation import suite
 from tvkeras.evaluation.card import AttackReport, BoundReport, Rate, WorstCase
 from tvkeras.evaluation.suite import Outcome
@@ -25,11 +25,11 @@ def rate(which: np.ndarray) -> Rate:
     )
 
 
-def attack_report(outcome: Outcome, epsilons: Sequence[float | str]) -> AttackReport:
+def attack_report(outcome: Outcome, epsilons: Sequence[Radius]) -> AttackReport:
     """Sums up one trial; `epsilons` are the card's radii in its norm."""
     attack = outcome.trial.attack
     if attack.fixed_epsilon:
-        error = {radius: rate(result.success) for radius, result in outcome.results.items()}
+        error = {str(e): rate(result.success) for e, result in outcome.results.items()}
     else:
         error = {str(e): rate(suite.broken(outcome.distance, e)) for e in epsilons}
     queries = np.concatenate([result.queries for result in outcome.results.values()])
@@ -45,7 +45,7 @@ def attack_report(outcome: Outcome, epsilons: Sequence[float | str]) -> AttackRe
 
 
 def worst_cases(
-    outcomes: Sequence[Outcome], epsilons: Mapping[str, Sequence[float | str]]
+    outcomes: Sequence[Outcome], epsilons: Mapping[str, Sequence[Radius]]
 ) -> tuple[WorstCase, ...]:
     """Sums up all trials in each norm; `epsilons` are the card's radii by norm."""
     found = []
@@ -64,17 +64,14 @@ def worst_cases(
     return tuple(found)
 
 
-def bound_report(bound: Bound, labels: np.ndarray, epsilons: Sequence[float | str]) -> BoundReport:
+def bound_report(bound: Bound, labels: np.ndarray, epsilons: Sequence[Radius]) -> BoundReport:
     """Sums up one bound; `epsilons` are the card's radii in its norm."""
     right = bound.classes == labels
     return BoundReport(
         kind=bound.kind,
         norm=bound.norm,
         median_radius=float(np.median(np.where(right, bound.radius, 0.0))),
-        error={
-            str(epsilon): float(1 - np.mean(right & (bound.radius >= checks.epsilon(epsilon))))
-            for epsilon in epsilons
-        },
+        error={str(e): float(1 - np.mean(right & (bound.radius >= e))) for e in epsilons},
         assumptions=bound.assumptions,
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from tvkeras import checks
 from tvkeras.attacks import AttackResult, AutoAttackResult
+from tvkeras.checks import Radius
 from tvkeras.evaluation.trials import Trial
 from tvkeras.inference import CompiledClassifier
 
@@ -46,11 +47,11 @@ class Outcome:
 
     Attributes:
         trial: The trial.
-        results: By radius as text; "" for an attack that takes none.
+        results: By radius; None for an attack that takes none.
     """
 
     trial: Trial
-    results: Mapping[str, AttackResult]
+    results: Mapping[Radius | None, AttackResult]
 
     @property
     def distance(self) -> np.ndarray:
@@ -71,8 +72,9 @@ class Outcome:
     @property
     def farthest(self) -> tuple[str, AttackResult]:
         """Name and result, at the largest radius if it has any."""
-        radius = max(self.results, key=lambda text: checks.epsilon(text or 0))
-        return f"{self.name}, ε = {radius}" if radius else self.name, self.results[radius]
+        radius = max(self.results, key=lambda radius: radius or 0.0)
+        name = self.name if radius is None else f"{self.name}, ε = {radius}"
+        return name, self.results[radius]
 
 
 def run(
@@ -108,11 +110,11 @@ def run(
     labels = model.labels(labels, images)
     outcomes = []
     for trial in trials:
-        results = {}
-        for epsilon in trial.epsilons or (None,):
-            text = "" if epsilon is None else str(epsilon)
-            folder = text.replace("/", "_")
-            results[text] = trial.attack(
+        results: dict[Radius | None, AttackResult] = {}
+        for given in trial.epsilons or (None,):
+            epsilon = None if given is None else checks.epsilon(given)
+            folder = "" if epsilon is None else str(epsilon).replace("/", "_")
+            results[epsilon] = trial.attack(
                 model,
                 images[: trial.images],
                 labels[: trial.images],
@@ -143,9 +145,9 @@ def worst_case(outcomes: Sequence[Outcome], norm: str) -> np.ndarray:
     return worst
 
 
-def broken(distances: np.ndarray, epsilon: float | str) -> np.ndarray:
+def broken(distances: np.ndarray, epsilon: float) -> np.ndarray:
     """Which examples have an adversarial image within `epsilon`."""
-    return distances <= checks.epsilon(epsilon) * (1 + ROUNDING)
+    return distances <= epsilon * (1 + ROUNDING)
 
 
 def write_csv(
@@ -163,7 +165,7 @@ def write_csv(
     }
     for outcome in outcomes:
         for radius, result in outcome.results.items():
-            name = f"{outcome.name}@{radius}".rstrip("@")
+            name = outcome.name if radius is None else f"{outcome.name}@{radius}"
             columns[f"{name} distance"] = _column(result.distance, len(labels))
             columns[f"{name} queries"] = _column(result.queries, len(labels))
     for norm in sorted({outcome.trial.attack.norm for outcome in outcomes}):

@@ -7,8 +7,7 @@ from typing import Any
 
 from tvkeras import attacks, checks
 from tvkeras.attacks import Attack
-
-Radii = Sequence[float | str]
+from tvkeras.checks import Radius
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Trial:
             )
 
 
-def quick(norm: str, radii: Radii) -> list[Trial]:
+def quick(norm: str, radii: Sequence[Radius]) -> list[Trial]:
     """One attack of each kind: by gradients, for the smallest perturbation, by scores alone.
 
     Args:
@@ -68,7 +67,7 @@ def quick(norm: str, radii: Radii) -> list[Trial]:
     return [*trials, Trial(name=f"Square {norm}", attack=square, epsilons=_middle(radii))]
 
 
-def standard(norm: str, radii: Radii) -> list[Trial]:
+def standard(norm: str, radii: Sequence[Radius]) -> list[Trial]:
     """AutoAttack at the middle radius, and those of `quick`, PGD from two random starts."""
     pgd, *others = quick(norm, radii)
     restarted = attacks.ProjectedGradient(norm=norm, steps=20, random_start=True, restarts=2)
@@ -80,7 +79,7 @@ def standard(norm: str, radii: Radii) -> list[Trial]:
     ]
 
 
-def talk(norm: str, radii: Radii) -> list[Trial]:
+def talk(norm: str, radii: Sequence[Radius]) -> list[Trial]:
     """The paper's attacks: PGD, C&W and Boundary in l2, I-FGSM in linf; on TensorFlow alone."""
     checks.one_of("a norm of the suite 'talk'", norm, ("l2", "linf"))
     if norm == "linf":
@@ -95,14 +94,16 @@ def talk(norm: str, radii: Radii) -> list[Trial]:
     ]
 
 
-SUITES: dict[str, Callable[[str, Radii], list[Trial]]] = {
+SUITES: dict[str, Callable[[str, Sequence[Radius]], list[Trial]]] = {
     "quick": quick,
     "standard": standard,
     "talk": talk,
 }
 
 
-def chosen(suite: str | Sequence[str | Attack | Trial], radii: Mapping[str, Radii]) -> list[Trial]:
+def chosen(
+    suite: str | Sequence[str | Attack | Trial], radii: Mapping[str, Sequence[Radius]]
+) -> list[Trial]:
     """The trials of a suite, with their radii.
 
     Args:
@@ -115,10 +116,7 @@ def chosen(suite: str | Sequence[str | Attack | Trial], radii: Mapping[str, Radi
             cannot be had on this backend, or in a norm without radii.
     """
     parts = [suite] if isinstance(suite, str) else checks.sequence("suite", suite)
-    above = {
-        norm: tuple(sorted((e for e in given if checks.epsilon(e) > 0), key=checks.epsilon))
-        for norm, given in radii.items()
-    }
+    above = {norm: tuple(sorted(e for e in given if e > 0)) for norm, given in radii.items()}
     named: dict[str, Trial] = {}
     own: dict[str, Trial] = {}
     for part in parts:
@@ -159,7 +157,7 @@ def _smallest(norm: str) -> Trial:
     return Trial(name=f"FMN {norm}", attack=attacks.FastMinimumNorm(norm=norm))
 
 
-def _middle(radii: Radii) -> tuple[float | str, ...]:
+def _middle(radii: Sequence[Radius]) -> tuple[Radius, ...]:
     """The middle radius, of two the larger, for an attack that is dear at each."""
     return (radii[len(radii) // 2],)
 

@@ -21,6 +21,7 @@ from keras import layers
 
 import tvkeras
 import tvkeras.data
+from tvkeras.zoo import site
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parent.parent
@@ -222,3 +223,9 @@ def synthetic(tmp_path_factory):
 def same_size(tmp_path_factory):
     """A prepared TFDS data set of equally large images without a test split."""
     return prepared(tmp_path_factory.mktemp("tfds"), [8])
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory):
+    """The folder of a site of all entries."""
+    return site.build(tvkeras.zoo.names(), tmp_path_factory.mktemp("site") / "new").parent

@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
+from benchmarks.xla import compiled_step
 from tvkeras import backends
 
 VARIANTS = {
@@ -44,16 +45,8 @@ def measured(variant: str, devices: int) -> tuple[dict[str, int], float, int]:
         model = tvkeras.models.build(_MODEL.value, 10, input_shape=(32, 32, 3))
         robust = tvkeras.RobustClassifier(model, VARIANTS[variant])
         robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
-        robust.optimizer.build(robust.trainable_variables)
-        groups = (
-            robust.trainable_variables,
-            robust.non_trainable_variables,
-            robust.optimizer.variables,
-            robust.metrics_variables,
-        )
-        state = tuple([variable.value for variable in group] for group in groups)
         batch = jax.device_put((images, labels), _over_devices(devices))
-        step = jax.jit(robust.train_step).lower(state, batch).compile()
+        step, state = compiled_step(robust, batch)
         sent: dict[str, int] = {}
         for shapes, kind in COLLECTIVE.findall(step.as_text()):
             sent[kind] = sent.get(kind, 0) + _bytes(shapes)

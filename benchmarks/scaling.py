@@ -23,7 +23,7 @@ from absl import app, flags
 
 import tvkeras
 from benchmarks.common import resident
-from tvkeras import attacks, backends
+from tvkeras import attacks, backends, data
 
 AXES = {
     "images": (1024, 2048, 4096, 8192),
@@ -45,7 +45,9 @@ def training(images: np.ndarray, labels: np.ndarray, classes: int, devices: int)
             tvkeras.TVLipschitz(norm="l2", tv_weight=0.1, lipschitz_weight=0.1, fd_step=0.1),
         )
         robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
-        return timed(lambda: robust.fit(images, labels, batch_size=BATCH, verbose=0))
+        examples = data.Examples("random", "train", images, labels, classes, checksum="")
+        batches = data.Batches(examples, BATCH, seed=0)
+        return timed(lambda: robust.fit(batches, verbose=0))
 
 
 def attack(images: np.ndarray, labels: np.ndarray, classes: int, devices: int) -> list[float]:

@@ -4,8 +4,10 @@
         [--torch_python=PYTHON]
 
 Times whole optimizer steps of the same network on the same batch, in turns, so that a change of
-the machine's speed meets all alike; quotes medians. Peak memory is that of a process of its own
-for each variant, over what it held before its first step. With a Python that has torch, plain
+the machine's speed meets all alike; quotes medians. On TensorFlow, peak memory is that of a
+process of its own for each variant, over what it held before its first step, tensors from 256 KiB
+on in pages of their own, so that holes in the heap do not count; on JAX, what the compiled step
+asks for beside its arguments. With a Python that has torch, plain
 and penalised steps of the network's copy in PyTorch (channels last, autograd's three passes;
 with and without `torch.compile`) are timed in the same turns.
 
@@ -68,14 +70,20 @@ def network() -> keras.Model:
     return tvkeras.models.build(_MODEL.value, 10, **arguments)
 
 
-def keras_step(variant: str) -> Callable[[], object]:
-    """One optimizer step of a variant, compiled and warm."""
+def trained(variant: str) -> tuple[tvkeras.RobustClassifier, tuple[np.ndarray, np.ndarray]]:
+    """The classifier that a variant trains, and the batch it is trained on."""
     rng = np.random.default_rng(0)
     images = rng.random((_BATCH_SIZE.value, 32, 32, 3), "float32")
     labels = rng.integers(0, 10, _BATCH_SIZE.value)
     robust = tvkeras.RobustClassifier(network(), VARIANTS[variant](), seed=0)
     robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
-    return lambda: robust.train_on_batch(images, labels)
+    return robust, (images, labels)
+
+
+def keras_step(variant: str) -> Callable[[], object]:
+    """One optimizer step of a variant."""
+    robust, batch = trained(variant)
+    return lambda: robust.train_on_batch(*batch)
 
 
 class TorchStep:
@@ -112,16 +120,27 @@ def product_rate() -> float:
 
 
 def peak_memory(variant: str) -> float:
-    """MiB that three steps of a variant add to a fresh process at the most."""
+    """MiB that a step of a variant needs at the most."""
+    if keras.backend.backend() == "jax":
+        from benchmarks.xla import compiled_step
+
+        step, _ = compiled_step(*trained(variant))
+        return step.memory_analysis().temp_size_in_bytes / 2**20
     command = [sys.executable, "-m", "benchmarks.step_cost", f"--memory_of={variant}"]
     chosen = (_MODEL, _ARGUMENTS, _BATCH_SIZE, _PRECISION)
     settings = [f"--{flag.name}={flag.value}" for flag in chosen]
-    output = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [*command, *settings],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(output.stdout.split()[-1])
 
 
 def print_own_memory(variant: str) -> None:
-    """Body of the process that `peak_memory` starts."""
+    """Body of the process that `peak_memory` starts on TensorFlow: three steps."""
     step = keras_step(variant)
     before = resident("VmRSS")
     for _ in range(3):

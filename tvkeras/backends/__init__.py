@@ -54,6 +54,7 @@ from_first_process = _module.from_first_process
 maximum_of_processes = _module.maximum_of_processes
 maximum_of_replicas = _module.maximum_of_replicas
 spread = _module.spread
+recomputed = _module.recomputed
 value_and_gradient = _module.value_and_gradient
 
 

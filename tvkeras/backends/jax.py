@@ -49,6 +49,11 @@ def after(value: Tensor, dependencies: Any) -> Tensor:
     return value
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose gradient computes again what lies between arguments and results."""
+    return jax.checkpoint(function)
+
+
 def maximum_of_replicas(value: Tensor) -> tuple[Tensor, float]:
     """`value` itself: a batch that is spread over devices is one array here."""
     return value, 1.0

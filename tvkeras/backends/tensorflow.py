@@ -57,6 +57,27 @@ def after(value: Tensor, dependencies: Any) -> Tensor:
         return tf.identity(value)
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose gradient computes again what lies between arguments and results.
+
+    Of first order alone: TensorFlow refuses the gradient of such a gradient.
+    """
+
+    def call(*arguments: Any) -> Any:
+        structure: Any = None
+
+        @tf.recompute_grad
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            nonlocal structure
+            structure = function(*tf.nest.pack_sequence_as(arguments, tensors))
+            return tf.nest.flatten(structure)
+
+        results = flat(*tf.nest.flatten(arguments))
+        return tf.nest.pack_sequence_as(structure, results)
+
+    return call
+
+
 def maximum_of_replicas(value: Tensor) -> tuple[Tensor, Tensor | float]:
     """Maximum of a scalar over the replicas, and its owner's share of a mean over them.
 

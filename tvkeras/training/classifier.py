@@ -12,6 +12,7 @@ from tvkeras.defenses import Defense, TrainingBatch, Update
 from tvkeras.inputs import Bounds
 from tvkeras.training import gate, resuming
 from tvkeras.training.averaging import Lookahead
+from tvkeras.training.recompute import segmented
 from tvkeras.training.watch import Guard, Watch, named_errors
 
 Tensor = Any
@@ -40,6 +41,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             `tvkeras.training.averaging.Lookahead(steps=...)`; None for none.
         ramp_steps: Steps over which the defence's weights grow linearly to their values.
         bounds: Pixel values of black and white in the classifier's images.
+        recompute: Whether backward passes compute activations again, for less memory (see
+            `tvkeras.training.recompute`).
         **kwargs: `name` and `dtype` of a `keras.Model`.
 
     Raises:
@@ -64,6 +67,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         averaging: Lookahead | None = None,
         ramp_steps: int = 0,
         bounds: tuple[float, float] = inputs.UNIT,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,6 +92,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             keras.Variable(ops.convert_to_numpy(v), trainable=False, dtype=v.dtype, name="average")
             for v in (_floating(classifier) if averaging else ())
         ]
+        self.recompute = recompute
         self.watch = Watch(self.bounds)
         self._seed = seed
         self.built = True
@@ -120,7 +125,8 @@ class RobustClassifier(contract.Wrapper, keras.Model):
         if "float16" in _compute_dtypes(self.classifier) and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
-        self._call_twin = backends.fast_twin(self.classifier).stateless_call
+        twin = backends.fast_twin(self.classifier)
+        self._call_twin = segmented(twin) if self.recompute else twin.stateless_call
 
     def call(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Logits, shape `(batch, num_classes)`."""
@@ -304,6 +310,7 @@ class RobustClassifier(contract.Wrapper, keras.Model):
             "ramp_steps": self.ramp_steps,
             "seed": self._seed,
             "bounds": list(self.bounds),
+            "recompute": self.recompute,
         }
 
     @classmethod

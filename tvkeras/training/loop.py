@@ -69,7 +69,7 @@ def train(
         devices = stack.enter_context(_placed(execution, recipe))
         with backends.together():
             splits = _read(task, recipe, devices)
-        robust, about = _build(network, recipe, splits)
+        robust, about = _build(network, recipe, execution, splits)
         about |= _facts(task, network, recipe, execution, robust, splits, devices)
         with backends.together():
             if devices.process == 0:
@@ -103,7 +103,7 @@ def plan(
     """
     with _placed(execution, recipe) as devices:
         splits = _read(task, recipe, devices)
-        robust, about = _build(network, recipe, splits)
+        robust, about = _build(network, recipe, execution, splits)
         seconds = about["steps_per_epoch"] * _seconds_per_step(robust, splits.train)
         return {**about, "seconds_per_epoch": seconds}
 
@@ -172,7 +172,7 @@ def _read(task: Task, recipe: Recipe, devices: Devices) -> Splits:
 
 
 def _build(
-    network: Network, recipe: Recipe, splits: Splits
+    network: Network, recipe: Recipe, execution: Execution, splits: Splits
 ) -> tuple[RobustClassifier, dict[str, Any]]:
     """The compiled classifier, and what training it costs."""
     random.seed(recipe.seed)  # Keras draws every layer's seed from here, on all backends
@@ -188,6 +188,7 @@ def _build(
         seed=recipe.seed,
         averaging=recipe.averaging and recipe.averaging(steps=steps, epoch_steps=epoch_steps),
         ramp_steps=round(recipe.ramp * steps),
+        recompute=execution.recompute,
     )
     smoothing = recipe.label_smoothing
     robust.compile(

@@ -133,6 +133,8 @@ class Execution:
             for bfloat16 where the processor or accelerator computes in it and the defence's
             `fd_step` allows it, else float32; a run may go on elsewhere.
         devices: How many devices share each batch, or "all" (BUILD.md, "Many devices").
+        recompute: Whether backward passes compute activations again instead of keeping them
+            (see `tvkeras.training.recompute`): for large networks.
         checkpoint_minutes: Minutes between checkpoints (see `tvkeras.training.recorder`).
         checkpoint_steps: Steps between them instead.
 
@@ -142,6 +144,7 @@ class Execution:
 
     precision: str = "auto"
     devices: int | str = 1
+    recompute: bool = False
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int | None = None
 

@@ -11,7 +11,7 @@ def compiled_step(robust: tvkeras.RobustClassifier, batch: Any) -> tuple[Any, An
     """The compiled `(state, batch) -> ...`, and the state it starts from.
 
     Args:
-        robust: Compiled by Keras; its optimizer's variables are built.
+        robust: Compiled by Keras.
         batch: Images and labels, on the devices where they are meant to be.
     """
     robust.optimizer.build(robust.trainable_variables)

@@ -1,6 +1,6 @@
 """Images a second of the same attacks, native, adapted and by other libraries.
 
-    python -m benchmarks.attacks [--images=250] [--entry=resnext10_12_tv_lip]
+    python -m benchmarks.attacks [--images=250] [--entry=airbench_tv_lip]
 
 On noisy copies of the probe images of a zoo entry, with the labels that it gives them:
 every attack has to work on all of them. Times are medians of rounds in which all
@@ -27,7 +27,7 @@ EPSILONS = {"l2": 0.5, "linf": 8 / 255}
 STEPS = 20
 FOOLBOX_PGD = {"l2": foolbox.attacks.L2PGD, "linf": foolbox.attacks.LinfPGD}
 
-_ENTRY = flags.DEFINE_string("entry", "resnext10_12_tv_lip", "An entry of the zoo.")
+_ENTRY = flags.DEFINE_string("entry", "airbench_tv_lip", "An entry of the zoo.")
 _IMAGES = flags.DEFINE_integer("images", 250, "Images, one batch.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed calls of each.")
 

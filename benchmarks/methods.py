@@ -56,7 +56,9 @@ ROWS = {
     "pgd_7_l2_05": _attack("AdversarialTraining", norm="'l2'", epsilon=0.5, steps=7),
     "trades_l2_05": _attack("TRADES", norm="'l2'", epsilon=0.5, steps=7),
     "tv_05_quarter": _tv(tv_weight=0.5, fd_step=0.5, penalty_fraction=0.25),
+    "tv_05_eighth": _tv(tv_weight=0.5, fd_step=0.5, penalty_fraction=0.125),
     "tv_05_every_second": _tv(tv_weight=0.5, fd_step=0.5, penalty_every=2),
+    "tv_05_every_fourth": _tv(tv_weight=0.5, fd_step=0.5, penalty_every=4),
 }
 
 _TRUNK = flags.DEFINE_string("trunk", None, "Run folder, or zoo entry, that the branches leave.")

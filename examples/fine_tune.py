@@ -18,7 +18,7 @@ from absl import app, flags
 import tvkeras
 from tvkeras import data, zoo
 
-ENTRY = "resnet9_32_tv_lip"
+ENTRY = "airbench_tv_lip"
 DEFENSES = {
     "without penalty": tvkeras.Undefended(),
     "TV + Lipschitz": tvkeras.TVLipschitz(tv_weight=0.1, lipschitz_weight=7.8e-4, fd_step=0.1),
@@ -40,7 +40,7 @@ def enlarged(examples: data.Examples) -> data.Examples:
 
 def with_new_head(classifier: keras.Model, num_classes: int) -> keras.Model:
     """The same network with a last layer for other classes."""
-    features = classifier.layers[-1].input
+    features = classifier.get_layer("dense").input
     return keras.Model(classifier.input, keras.layers.Dense(num_classes)(features))
 
 

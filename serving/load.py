@@ -1,6 +1,6 @@
 """Measures a model server: latency and throughput of `tvkeras.serving.Client`.
 
-python serving/load.py --address=grpc://localhost:8500 --model=resnet9_32_tv_lip --shape=32,32,3
+python serving/load.py --address=grpc://localhost:8500 --model=airbench_tv_lip --shape=32,32,3
 """
 
 import time

@@ -34,7 +34,7 @@ def test_importing_defines_no_flag():
     [
         [],
         ["gin/fast.gin"],
-        ["gin/fast.gin", "gin/small.gin"],
+        ["gin/fast.gin", "gin/branch.gin"],
         ["gin/airbench.gin", "gin/branch.gin"],
     ],
     ids=lambda more: str(len(more)),

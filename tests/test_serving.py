@@ -21,7 +21,7 @@ from tvkeras.serving import Client
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="SavedModels are TensorFlow's")
 pytest.importorskip("tensorflow_serving")
 
-NAME = "resnet9_32_tv_lip"  # what serving/models.config serves; here something smaller
+NAME = "airbench_tv_lip"  # what serving/models.config serves; here something smaller
 LABELS = {"stable": 1, "canary": 2}
 
 

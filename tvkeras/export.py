@@ -1,6 +1,6 @@
 """Exports a model and its detector to TensorFlow Serving.
 
-    python -m tvkeras.export --model=resnet9_32_tv_lip --output=served/resnet9_32_tv_lip
+    python -m tvkeras.export --model=airbench_tv_lip --output=served/airbench_tv_lip
 
 --model=MODEL               a run folder, or the name of a zoo entry
 --output=FOLDER             of the model's versions

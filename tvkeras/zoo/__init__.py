@@ -1,4 +1,4 @@
-"""Published classifiers: `tvkeras.zoo.load("resnet9_32_tv_lip")` is a plain Keras model.
+"""Published classifiers: `tvkeras.zoo.load("airbench_tv_lip")` is a plain Keras model.
 
 An entry is a published run folder:
 
@@ -58,7 +58,7 @@ def load(name: str | os.PathLike[str]) -> keras.Model:
         DownloadError: If a file is neither here nor can be downloaded.
 
     Example:
-        classifier = tvkeras.zoo.load("resnet9_32_tv_lip")
+        classifier = tvkeras.zoo.load("airbench_tv_lip")
         classifier.predict(images).argmax(axis=1)
     """
     if hub.is_address(name):

@@ -5,8 +5,8 @@
 
 The network was trained on CIFAR-10; its new task is scikit-learn's digits, enlarged to 32
 by 32 pixels. The last layer is new, the others go on from their published weights, and
-the penalty is the one they were trained with. Without it, fine-tuning forgets robustness:
-the script trains both ways and prints both.
+the penalty is the one they were trained with. Without it, fine-tuning forgets part of the
+robustness: the script trains both ways and prints both.
 """
 
 import dataclasses

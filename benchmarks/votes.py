@@ -80,12 +80,13 @@ def classes(model: CompiledClassifier, images: np.ndarray) -> np.ndarray:
 
 
 def least_radius(
-    classifier: keras.Model, images: np.ndarray, labels: np.ndarray, rejects: Detects
+    model: CompiledClassifier, images: np.ndarray, labels: np.ndarray, rejects: Detects
 ) -> np.ndarray:
     """The first of `RADII` at which PGD on noisy copies gets past the detector, else inf."""
     inputs = keras.Input(images.shape[1:])
-    averaged = CompiledClassifier(keras.Model(inputs, Averaged()(classifier(Noisy()(inputs)))))
-    pgd, model = attacks.ProjectedGradient(norm="l2", steps=50), CompiledClassifier(classifier)
+    mean_logits = Averaged()(model.classifier(Noisy()(inputs)))
+    averaged = CompiledClassifier(keras.Model(inputs, mean_logits))
+    pgd = attacks.ProjectedGradient(norm="l2", steps=50)
     radii = np.full(len(images), np.inf)
     for radius in RADII:
         x_adv = pgd(averaged, images, labels, epsilon=float(radius), batch_size=50).x_adv
@@ -94,10 +95,16 @@ def least_radius(
     return radii
 
 
-def line(name: str, count: int, rejected: float, distances: np.ndarray | None = None) -> None:
-    """A line of the table."""
+def line(name: str, images: int, rejected: np.ndarray, distances: np.ndarray | None = None) -> None:
+    """A line of the table: how many images, which of them are rejected, and how far they moved."""
     distance = "" if distances is None else f"{np.median(distances):10.3f}"
-    print(f"{name:<32}{count:>8}{100 * rejected:>13.1f}{distance}", flush=True)
+    print(f"{name:<32}{images:>8}{100 * rejected.mean():>13.1f}{distance}", flush=True)
+
+
+def report(name: str, result: attacks.AttackResult, rejects: Detects) -> None:
+    """The line of an attack, of the images that it broke."""
+    broken = result.success
+    line(name, broken.sum(), rejects(result.x_adv[broken]), result.distance[broken])
 
 
 def main(_: list[str]) -> None:
@@ -105,8 +112,7 @@ def main(_: list[str]) -> None:
     test = data.load(*zoo.card(_MODEL.value).dataset.split())
     held_out = test.images[: -_IMAGES.value][:1000]
     images, labels = test.images[-_IMAGES.value :], test.labels[-_IMAGES.value :]
-    classifier = zoo.load(_MODEL.value)
-    model = CompiledClassifier(classifier)
+    model = CompiledClassifier(zoo.load(_MODEL.value))
     right = classes(model, images) == labels
     images, labels = as_float(images[right]), labels[right]
 
@@ -119,20 +125,16 @@ def main(_: list[str]) -> None:
     print(f"{_MODEL.value}, noise of {_SIGMA.value:g}; rejected where under {least:g} agree")
     print(f"{'':<32}{'images':>8}{'rejected, %':>13}{'distance':>10}")
     ddn = attacks.DecoupledDirectionNorm()(model, images, labels)
-    broken = ddn.success
     for name, rejects in detectors.items():
-        line(f"clean, by {name}", len(images), rejects(images).mean())
-        line(
-            f"DDN, by {name}", broken.sum(), rejects(ddn.x_adv[broken]).mean(), ddn.distance[broken]
-        )
-    radii = least_radius(classifier, images, labels, detectors["votes"])
+        line(f"clean, by {name}", len(images), rejects(images))
+        report(f"DDN, by {name}", ddn, rejects)
+    radii = least_radius(model, images, labels, detectors["votes"])
     found = np.isfinite(radii)
-    line("PGD that knows, by votes", found.sum(), 0.0, radii[found])
-    knows = gradient.adaptive_attack(steps=300, search_steps=5, initial_weight=1.0)
-    evasive = knows(model, images, labels)
-    line(
-        "C&W that knows, by gradient", evasive.success.sum(), 0.0, evasive.distance[evasive.success]
+    print(
+        f"{'PGD that knows, past votes':<32}{found.sum():>8}{'':>13}{np.median(radii[found]):10.3f}"
     )
+    knows = gradient.adaptive_attack(steps=300, search_steps=5, initial_weight=1.0)
+    report("C&W that knows, by gradient", knows(model, images, labels), detectors["gradient"])
 
 
 if __name__ == "__main__":

@@ -121,6 +121,22 @@ def linear():
     return model, images, np.array([0, 0, 1]), weights[:, 1] - weights[:, 0]
 
 
+def assert_is_so(result, norm, classifier, images, labels):
+    """What an attack's result says of its images holds."""
+    predicted = classifier.predict(result.x_adv, verbose=0).argmax(axis=1)
+    np.testing.assert_array_equal(predicted != labels, result.success)
+    assert result.x_adv.min() >= 0
+    assert result.x_adv.max() <= 1
+    sizes = np.linalg.norm((result.x_adv - images).reshape(len(images), -1), ORDER[norm], axis=1)
+    np.testing.assert_allclose(sizes[result.success], result.distance[result.success], atol=1e-6)
+    assert np.all(np.isinf(result.distance[~result.success]))
+    np.testing.assert_array_equal(result.x_adv[~result.success], images[~result.success])
+    wrong = classifier.predict(images, verbose=0).argmax(axis=1) != labels
+    assert np.all(result.success[wrong])
+    assert np.all(result.distance[wrong] == 0)
+    assert np.all((result.queries > 0) == ~wrong)
+
+
 class Counted(layers.Layer):
     """The identity; counts the calls by Python, which a compiled function makes but once."""
 

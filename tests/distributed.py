@@ -1,7 +1,7 @@
 """A few training steps on some devices: `python -m tests.distributed OUT JSON`.
 
-JSON: `local`, the virtual devices of this process, and `runs`, the arguments of
-`train` by name; OUT gets each run's weights and logs.
+JSON: `local`, the virtual devices of this process, and `runs`, by name the arguments of
+`train`, or of what `RUNS` has for the name's first word; OUT gets each run's weights and logs.
 """
 
 import json
@@ -158,13 +158,22 @@ def digits(run_dir, signal_at=None):
     return [], {}
 
 
-RUNS = {"drawn": drawn, "imagenet": imagenet, "digits": digits}
+def refused(**arguments):
+    """The message of the error that `train` ends in."""
+    try:
+        train(**arguments)
+    except ValueError as error:
+        return [np.array(str(error))], {}
+    raise AssertionError(f"{arguments} was not refused.")
+
+
+RUNS = {"drawn": drawn, "imagenet": imagenet, "digits": digits, "refused": refused}
 
 if __name__ == "__main__":
     results = {}
     for name, arguments in SETTINGS["runs"].items():
         try:
-            weights, history = RUNS.get(name, train)(**arguments)
+            weights, history = RUNS.get(name.partition(" ")[0], train)(**arguments)
         except recorder.TrainingInterrupt as interruption:
             sys.exit(128 + interruption.number)
         results |= {f"{name}/{index}": array for index, array in enumerate(weights)}

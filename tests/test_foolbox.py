@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from tests.conftest import BACKEND, DUAL_ORDER, linear
+from tests.conftest import BACKEND, DUAL_ORDER, assert_is_so, linear
 
 if BACKEND != "tensorflow":
     pytest.skip("Foolbox attacks TensorFlow models", allow_module_level=True)
@@ -62,7 +62,8 @@ def test_distances_of_a_linear_classifier(attack, excess):
 def test_the_boundary_leads_as_near_as_fmn_comes(attack, separating):
     model = CompiledClassifier(separating[0])
     fmn = attacks.FastMinimumNorm(norm=attack.norm)(model, *separating[1:])
-    along = attack(model, *separating[1:])
+    along = attack(model, *separating[1:], batch_size=5)
+    assert_is_so(along, attack.norm, *separating)
     assert along.success.all()
     attacked = along.queries > 0
     assert set(along.queries[attacked]) == {1 + 10 + 200}  # start, bisection, steps

@@ -91,7 +91,9 @@ def airbench(
     return model
 
 
-def whiten(classifier: keras.Model, images: np.ndarray, floor: float = 1e-2) -> None:
+def whiten(
+    classifier: keras.Model, images: np.ndarray, noise: float = 0.0, floor: float = 1e-2
+) -> None:
     """Sets the whitening layer of `airbench` from training images.
 
     Its filters are the eigenvectors of the 2x2 patches' covariance, divided by the root
@@ -100,6 +102,8 @@ def whiten(classifier: keras.Model, images: np.ndarray, floor: float = 1e-2) -> 
     Args:
         classifier: One of `airbench`.
         images: uint8, shape `(count, height, width, channels)`.
+        noise: Standard deviation of Gaussian noise that the classifier will see on them, in
+            units of [0, 1]: white, it adds its variance to every direction's.
         floor: Added to the eigenvalues, in units of the pixels' variance: bounds how
             much a weak direction, and a perturbation along it, is amplified.
     """
@@ -110,6 +114,7 @@ def whiten(classifier: keras.Model, images: np.ndarray, floor: float = 1e-2) -> 
     patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, PATCH * PATCH * channels)
     mean, scale = patches.mean(axis=0), pixels.std()
     values, vectors = np.linalg.eigh(np.cov((patches - mean).T / scale))
+    values += (noise / scale) ** 2
     filters = vectors / np.sqrt(values + floor) / scale
     filters = np.concatenate([filters, -filters], axis=1)
     kernel = filters.reshape(PATCH, PATCH, channels, -1)

@@ -14,7 +14,7 @@ from tvkeras.inference import CompiledClassifier
 from tvkeras.training.averaging import Lookahead
 from tvkeras.training.classifier import RobustClassifier
 from tvkeras.training.schedules import one_cycle
-from tvkeras.training.validation import ATTACKED_IMAGES, RobustValidation
+from tvkeras.training.validation import VALIDATION_IMAGES, RobustValidation
 
 LONGEST_STEP = 0.5
 RAMP = 0.2  # fraction of the steps over which the penalty grows to its weight
@@ -126,7 +126,7 @@ def defend(
     seconds = time.monotonic() - started
     if verbose:
         attack = attacks.ProjectedGradient(norm=norm, steps=REPORTED_STEPS)
-        few = held_out.images[:ATTACKED_IMAGES], held_out.labels[:ATTACKED_IMAGES]
+        few = held_out.images[:VALIDATION_IMAGES], held_out.labels[:VALIDATION_IMAGES]
         print(f"on {len(few[1])} held-out images, error   clean   PGD {norm} {epsilon}")
         for name, classifier in (("before", given), ("after", CompiledClassifier(robust))):
             clean = np.mean(_predicted(classifier, few[0]) != few[1])

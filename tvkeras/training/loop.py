@@ -25,7 +25,7 @@ from tvkeras.training.classifier import RobustClassifier
 from tvkeras.training.losses import SmoothedCrossentropy
 from tvkeras.training.recorder import Recorder
 from tvkeras.training.settings import Execution, Network, Recipe, Task
-from tvkeras.training.validation import RobustValidation, first_images
+from tvkeras.training.validation import NoisyValidation, RobustValidation, first_images
 
 PGD_STEPS = 20
 TIMED_STEPS = 5
@@ -178,7 +178,8 @@ def _build(
     random.seed(recipe.seed)  # Keras draws every layer's seed from here, on all backends
     classifier = models.build(network.name, splits.test.num_classes, **_arguments(network, splits))
     if models.WHITENING in {layer.name for layer in classifier.layers}:
-        models.whiten(classifier, first_images(splits.train, WHITENING_IMAGES)[0])
+        noise = recipe.augmentation.noise if recipe.augmentation else 0.0
+        models.whiten(classifier, first_images(splits.train, WHITENING_IMAGES)[0], noise)
     epoch_steps = len(splits.train)
     steps = epoch_steps * recipe.epochs
     robust = RobustClassifier(
@@ -261,6 +262,9 @@ def _fit(
     if task.validation_epsilon is not None:
         epsilon = task.validation_epsilon
         callbacks.append(RobustValidation(splits.validation, norm=task.norm, epsilon=epsilon))
+    noise = recipe.augmentation.noise if recipe.augmentation else 0.0
+    if noise and splits.validation is not None:
+        callbacks.append(NoisyValidation(splits.validation, noise=noise))
     if keras.backend.backend() == "tensorflow":
         callbacks.append(keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False))
     with recorder.catching_signals():

@@ -23,6 +23,8 @@ from tvkeras.runs import Run
 CHECK_STEPS = 20  # between looks at the loss and, of several processes, at each other's signals
 # A checkpoint that took s seconds is followed by at least this many times s of training.
 PAUSE_PER_COST = 50
+# The best epoch is that of the highest of these that is measured, the first first.
+CHOOSING = ("val_robust_accuracy", "val_noisy_accuracy", "val_accuracy")
 
 
 class TrainingInterrupt(KeyboardInterrupt):
@@ -36,8 +38,8 @@ class TrainingInterrupt(KeyboardInterrupt):
 class Recorder(keras.callbacks.Callback):
     """Logs, keeps the best weights and the state, and stops on a lost loss or a signal.
 
-    The best weights are those of the highest held-out accuracy: robust, where
-    `tvkeras.training.validation.RobustValidation` measures it before, else clean.
+    The best weights are those of the highest held-out accuracy: robust or noisy, where a
+    callback of `tvkeras.training.validation` measures it before, else clean.
 
     The state is written to `checkpoints/last` when it is due, the one before it is kept
     as `checkpoints/previous`. It holds all that the next step depends on: weights,
@@ -187,7 +189,7 @@ class Recorder(keras.callbacks.Callback):
         row = {name: float(value) for name, value in (logs or {}).items()}
         self._check_loss("its end", row)
         row = {"epoch": epoch, "learning_rate": self._learning_rate(), **row}
-        chosen_by = "val_robust_accuracy" if "val_robust_accuracy" in row else "val_accuracy"
+        chosen_by = next((name for name in CHOOSING if name in row), CHOOSING[-1])
         best = max((old.get(chosen_by, 0.0) for old in self._rows), default=-1.0)
         self._rows.append(row)
         self._unsaved_steps += self.params["steps"] - self.step

@@ -31,7 +31,8 @@ class Task:
         epsilons: Radii of the final measurement, in pixel units, one of them above 0.
         attacked_images: Test images attacked in it.
         validation_epsilon: Radius of the short PGD on held-out images whose robust accuracy
-            chooses the best epoch; None chooses by clean accuracy.
+            chooses the best epoch; None chooses by accuracy under the noise of the
+            augmentation, if it has any, else by clean accuracy.
 
     Raises:
         ValueError: For an illegal argument.

@@ -1,4 +1,4 @@
-"""Robust accuracy on held-out images after each epoch, to choose the best one by."""
+"""Accuracy on held-out images under what a network is trained for, to choose the best epoch by."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import numpy as np
 
 from tvkeras import attacks, checks, data
 from tvkeras.inference import CompiledClassifier
+from tvkeras.inputs import as_float
 from tvkeras.training.recorder import lost
 
-ATTACKED_IMAGES = 1000
+VALIDATION_IMAGES = 1000
 STEPS = 5
 
 
@@ -29,11 +30,31 @@ def first_images(batches: keras.utils.PyDataset, count: int) -> tuple[np.ndarray
     return images, labels
 
 
-class RobustValidation(keras.callbacks.Callback):
-    """Adds `val_robust_accuracy` to an epoch's logs: under PGD of a few steps.
+class Validation(keras.callbacks.Callback):
+    """Adds an accuracy to an epoch's logs, of the first 1,000 images that training does not see.
 
-    A quick measure to compare a run's epochs by, no robust accuracy to quote. It attacks
-    the first 1,000 images that the training does not see.
+    A quick measure to compare a run's epochs by, no accuracy to quote.
+    """
+
+    name: str
+
+    def __init__(self, batches: keras.utils.PyDataset) -> None:
+        super().__init__()
+        self._images, self._labels = first_images(batches, VALIDATION_IMAGES)
+
+    def accuracy(self, model: CompiledClassifier) -> float:
+        """Share of the images that `model` gets right."""
+        raise NotImplementedError
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Asks the classifier as it is now, unless a loss of it is no longer finite."""
+        if logs is not None and not lost(logs):
+            # As `model` is asked for, JAX's too.
+            logs[self.name] = self.accuracy(CompiledClassifier.kept(self.model))
+
+
+class RobustValidation(Validation):
+    """Adds `val_robust_accuracy`: under PGD of a few steps.
 
     Args:
         batches: Held-out batches.
@@ -44,16 +65,36 @@ class RobustValidation(keras.callbacks.Callback):
         ValueError: For an illegal argument.
     """
 
+    name = "val_robust_accuracy"
+
     def __init__(self, batches: keras.utils.PyDataset, *, norm: str, epsilon: float | str) -> None:
-        super().__init__()
-        self._images, self._labels = first_images(batches, ATTACKED_IMAGES)
+        super().__init__(batches)
         self._attack = attacks.ProjectedGradient(norm=norm, steps=STEPS)
         self._epsilon = checks.epsilon(epsilon, "validation_epsilon")
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Attacks the classifier as it is now, unless a loss of it is no longer finite."""
-        if logs is None or lost(logs):
-            return
-        model = CompiledClassifier.kept(self.model)  # as `model` is asked for, JAX's too
+    def accuracy(self, model: CompiledClassifier) -> float:
+        """Share that stands."""
         result = self._attack(model, self._images, self._labels, epsilon=self._epsilon)
-        logs["val_robust_accuracy"] = result.robust_accuracy
+        return result.robust_accuracy
+
+
+class NoisyValidation(Validation):
+    """Adds `val_noisy_accuracy`: under Gaussian noise, one draw for each image.
+
+    A network that learned under noise, and is to vote under it, may err without.
+
+    Args:
+        batches: Held-out batches.
+        noise: Standard deviation, in units of [0, 1].
+    """
+
+    name = "val_noisy_accuracy"
+
+    def __init__(self, batches: keras.utils.PyDataset, *, noise: float) -> None:
+        super().__init__(batches)
+        draws = np.random.default_rng(0).standard_normal(self._images.shape, "float32")
+        self._images = as_float(self._images) + np.float32(noise) * draws
+
+    def accuracy(self, model: CompiledClassifier) -> float:
+        """Share that is right."""
+        return float(np.mean(model.logits(self._images).argmax(axis=1) == self._labels))

@@ -12,7 +12,8 @@ import sys
 
 SETTINGS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
 os.environ["JAX_ENABLE_X64"] = "1"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={SETTINGS.get('local', 2)}"
+DEVICES = f"--xla_force_host_platform_device_count={SETTINGS.get('local', 2)}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 
 import keras
 import numpy as np
@@ -159,10 +160,10 @@ def digits(run_dir, signal_at=None):
 
 
 def refused(**arguments):
-    """The message of the error that `train` ends in."""
+    """The message of the error that `train` ends in, on TensorFlow."""
     try:
         train(**arguments)
-    except ValueError as error:
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
         return [np.array(str(error))], {}
     raise AssertionError(f"{arguments} was not refused.")
 

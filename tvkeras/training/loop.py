@@ -178,8 +178,8 @@ def _build(
     random.seed(recipe.seed)  # Keras draws every layer's seed from here, on all backends
     classifier = models.build(network.name, splits.test.num_classes, **_arguments(network, splits))
     if models.WHITENING in {layer.name for layer in classifier.layers}:
-        noise = recipe.augmentation.noise if recipe.augmentation else 0.0
-        models.whiten(classifier, first_images(splits.train, WHITENING_IMAGES)[0], noise)
+        images, _ = first_images(splits.train, WHITENING_IMAGES)
+        models.whiten(classifier, images, recipe.noise)
     epoch_steps = len(splits.train)
     steps = epoch_steps * recipe.epochs
     robust = RobustClassifier(
@@ -262,9 +262,8 @@ def _fit(
     if task.validation_epsilon is not None:
         epsilon = task.validation_epsilon
         callbacks.append(RobustValidation(splits.validation, norm=task.norm, epsilon=epsilon))
-    noise = recipe.augmentation.noise if recipe.augmentation else 0.0
-    if noise and splits.validation is not None:
-        callbacks.append(NoisyValidation(splits.validation, noise=noise))
+    if recipe.noise and splits.validation is not None:
+        callbacks.append(NoisyValidation(splits.validation, noise=recipe.noise))
     if keras.backend.backend() == "tensorflow":
         callbacks.append(keras.callbacks.TensorBoard(run.tensorboard_path, write_graph=False))
     with recorder.catching_signals():

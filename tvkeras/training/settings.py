@@ -124,6 +124,11 @@ class Recipe:
         checks.whole_number("batch_size", self.batch_size, minimum=1)
         checks.whole_number("seed", self.seed)
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise on training images, in units of [0, 1]."""
+        return self.augmentation.noise if self.augmentation else 0.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:

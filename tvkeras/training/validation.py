@@ -6,12 +6,13 @@ import keras
 import numpy as np
 
 from tvkeras import attacks, checks, data
-from tvkeras.inference import CompiledClassifier
+from tvkeras.inference import CompiledClassifier, equal_batches
 from tvkeras.inputs import as_float
 from tvkeras.training.recorder import lost
 
 VALIDATION_IMAGES = 1000
 STEPS = 5
+BATCH_SIZE = 250
 
 
 def first_images(batches: keras.utils.PyDataset, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,4 +98,6 @@ class NoisyValidation(Validation):
 
     def accuracy(self, model: CompiledClassifier) -> float:
         """Share that is right."""
-        return float(np.mean(model.logits(self._images).argmax(axis=1) == self._labels))
+        batches = equal_batches(len(self._images), BATCH_SIZE)
+        classes = [model.logits(self._images[rows]).argmax(axis=1) for rows in batches]
+        return float(np.mean(np.concatenate(classes)[: len(self._images)] == self._labels))

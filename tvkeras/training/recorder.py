@@ -23,7 +23,7 @@ from tvkeras.runs import Run
 CHECK_STEPS = 20  # between looks at the loss and, of several processes, at each other's signals
 # A checkpoint that took s seconds is followed by at least this many times s of training.
 PAUSE_PER_COST = 50
-# The best epoch is that of the highest of these that is measured, the first first.
+# The best epoch is that of the highest accuracy, by the first of these that is measured.
 CHOOSING = ("val_robust_accuracy", "val_noisy_accuracy", "val_accuracy")
 
 

@@ -1,5 +1,6 @@
 """Accuracy on held-out images under what a network is trained for, to choose the best epoch by."""
 
+import abc
 from typing import Any
 
 import keras
@@ -31,7 +32,7 @@ def first_images(batches: keras.utils.PyDataset, count: int) -> tuple[np.ndarray
     return images, labels
 
 
-class Validation(keras.callbacks.Callback):
+class Validation(keras.callbacks.Callback, abc.ABC):
     """Adds an accuracy to an epoch's logs, of the first 1,000 images that training does not see.
 
     A quick measure to compare a run's epochs by, no accuracy to quote.
@@ -43,9 +44,9 @@ class Validation(keras.callbacks.Callback):
         super().__init__()
         self._images, self._labels = first_images(batches, VALIDATION_IMAGES)
 
+    @abc.abstractmethod
     def accuracy(self, model: CompiledClassifier) -> float:
         """Share of the images that `model` gets right."""
-        raise NotImplementedError
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Asks the classifier as it is now, unless a loss of it is no longer finite."""

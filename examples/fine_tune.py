@@ -58,9 +58,10 @@ def main(_: list[str]) -> None:
     """Trains with and without the penalty, prints the errors, saves the robust one."""
     given = flags.FLAGS
     training = enlarged(data.load("digits", "train"))
+    test = enlarged(data.load("digits", "test")).take(np.arange(200), "first 200")
     if given.images:
         training = training.take(np.arange(given.images), "few")
-    test = enlarged(data.load("digits", "test")).take(np.arange(200), "first 200")
+        test = test.take(np.arange(min(given.images, len(test.labels))), "few")
     for name, defense in DEFENSES.items():
         classifier = fine_tune(defense, training, given.epochs)
         print(tvkeras.benchmark(classifier, test.images, test.labels, name=name, **QUICK_CHECK))
@@ -70,6 +71,6 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("epochs", 3, "Of each way.")
-    flags.DEFINE_integer("images", None, "Training images; default: all.")
+    flags.DEFINE_integer("images", None, "To train on, and to test on; default: all, and 200.")
     flags.DEFINE_string("output", "digits_from_cifar.keras", "File of the robust one.")
     app.run(main)

@@ -8,6 +8,7 @@ import resource
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, for comparisons to the last digits
 # Most of the time goes into compiling: with less care, and once for all tests and processes.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("NUMBA_OPT", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".pytest_cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,14 +1,17 @@
 import itertools
 import shutil
+from typing import ClassVar
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+import tvkeras
 from tests.conftest import BACKEND, ORDER, batch, linear, net
 from tvkeras import attacks, backends
 from tvkeras.attacks import apgd, fab, square
+from tvkeras.attacks.base import Batch
 from tvkeras.attacks.parts import Standing
 from tvkeras.inference import CompiledClassifier
 
@@ -139,7 +142,8 @@ def test_apgd_is_algorithm_1_on_a_handmade_function(norm):
         state = apgd._start(start, standing, 2 * epsilon)
         attack = attacks.AutoPGD(norm=norm, steps=steps)
         labels = tensor(np.zeros(count), "int32")
-        return attack._ascend(logits, lambda z: z[:, 1], state, images, labels, epsilon)
+        given = apgd._Given(logits, images, labels, epsilon, None, count)
+        return attack._ascend(given, lambda z: z[:, 1], state, lambda left: True)
 
     state = backends.compiled(ascend)(double(images), double(start))
     etas = []
@@ -319,6 +323,34 @@ def test_queries_are_the_model_calls_until_the_first_success(attack, epsilon):
     assert 0 < broken.sum() < len(broken)
     for i in np.flatnonzero(broken):
         np.testing.assert_array_equal(x_adv[i], calls[first[i] - 1][i])
+
+
+@keras.saving.register_keras_serializable("tests")
+class Sizes(keras.layers.Layer):
+    """Notes down the sizes of the batches that a network is traced for."""
+
+    seen: ClassVar[list] = []
+
+    def call(self, images):
+        self.seen.append(images.shape[0])
+        return images
+
+
+@pytest.mark.parametrize("loss", ["ce", "targeted_dlr"])
+def test_what_is_left_of_a_batch_goes_on_as_it_would_have(loss, digits):
+    classifier = tvkeras.zoo.load("digits_undefended")
+    noted = keras.Model(classifier.inputs, classifier(Sizes()(classifier.inputs[0])))
+    images, labels = digits[1].images[:80] / np.float32(255), digits[1].labels[:80]
+    batch = Batch(CompiledClassifier(noted), images, labels, epsilon=0.6)
+    attack = attacks.AutoPGD(norm="l2", loss=loss, steps=20, restarts=2, targets=2)
+    expected, expected_queries = attacks.Attack.search(attack, batch)
+    Sizes.seen.clear()
+    x_adv, queries = attack.search(batch)
+    assert {80, 40 if BACKEND == "jax" else None} <= set(Sizes.seen)
+    np.testing.assert_array_equal(queries, expected_queries)
+    np.testing.assert_allclose(x_adv, expected, atol=1e-5)
+    assert 0 < np.sum(queries == queries.max()) < 40
+    assert np.any((queries > 22) & (queries < queries.max()))  # broken in a later ascent
 
 
 @pytest.mark.parametrize("norm", NORMS)

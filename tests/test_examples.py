@@ -144,7 +144,7 @@ def test_fine_tuning_runs_and_saves_a_plain_model(tmp_path):
             sys.executable,
             ROOT / "examples" / "fine_tune.py",
             "--epochs=1",
-            "--images=128",
+            "--images=64",
             f"--output={tmp_path / 'model.keras'}",
         ],
         capture_output=True,

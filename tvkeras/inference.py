@@ -65,7 +65,8 @@ class CompiledClassifier:
         Args:
             key: What the function depends on, hashable.
             function: Called as `function(logits, *tensors)` where `logits` maps images
-                in [0, 1] to logits in inference mode; returns a structure of tensors.
+                in [0, 1] to logits in inference mode; takes and returns structures of
+                tensors.
             own: Whether `logits` calls the classifier itself, for what must hold of it,
                 and not its fused clone, which a search asks for speed.
         """
@@ -87,7 +88,8 @@ class CompiledClassifier:
         def call(*arrays: Any) -> Any:
             weights = [variable.value for variable in self.classifier.trainable_variables]
             state = [variable.value for variable in self.classifier.non_trainable_variables]
-            results = compiled(weights, state, *map(ops.convert_to_tensor, arrays))
+            tensors = keras.tree.map_structure(ops.convert_to_tensor, arrays)
+            results = compiled(weights, state, *tensors)
             return keras.tree.map_structure(ops.convert_to_numpy, results)
 
         return call

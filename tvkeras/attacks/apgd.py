@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from tvkeras import checks, norms
-from tvkeras.attacks.base import Attack
+from tvkeras.attacks.base import Attack, Batch
 from tvkeras.attacks.parts import (
     Standing,
     by_example,
@@ -23,6 +23,7 @@ from tvkeras.inference import Logits, Randomness, Tensor, example_losses, input_
 CLASSES = {"ce": 2, "dlr": 3, "targeted_dlr": 4}  # the fewest classes of each loss
 _MOMENTUM = 0.75
 _ENOUGH_INCREASES = 0.75
+_SMALLEST = 16  # examples; to compile for fewer would not pay
 
 
 class _Ascent(NamedTuple):
@@ -40,6 +41,26 @@ class _Ascent(NamedTuple):
     halved: Tensor  # whether the last checkpoint halved the step size
     loss_then: Tensor  # loss_best at the last checkpoint
     outcome: Standing
+
+
+class _Given(NamedTuple):
+    """What `Attack.perturb` is given, of the examples that are left of a batch of `whole`."""
+
+    logits: Logits
+    images: Tensor
+    labels: Tensor
+    epsilon: Tensor
+    random: Randomness
+    whole: int
+
+
+class _Search(NamedTuple):
+    """One ascent after another, between two gradients; by example where nothing else is said."""
+
+    attempt: Tensor  # scalar: ascents made
+    order: Tensor  # classes in the order of the image's logits
+    rows: Tensor  # places in the batch as it was given
+    ascent: _Ascent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,59 +102,113 @@ class AutoPGD(Attack):
         super().__post_init__()
         checks.one_of("loss", self.loss, CLASSES)
 
+    def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Attacks one batch; once half of it is broken, the rest goes on as a smaller one."""
+        model, count = batch.model, len(batch.images)
+        if count < 2 * _SMALLEST:
+            return super().search(batch)
+
+        def given(logits: Logits, *tensors: Tensor) -> _Given:
+            images, labels, epsilon, seed = tensors
+            return _Given(logits, images, labels, epsilon, model.randomness(seed), count)
+
+        def begin(logits: Logits, *tensors: Tensor) -> _Search:
+            return self._begin(given(logits, *tensors))
+
+        def go_on(logits: Logits, state: _Search, few: Tensor, *tensors: Tensor) -> _Search:
+            return self._go_on(given(logits, *tensors), state, few)
+
+        x_adv, queries = batch.images.copy(), np.zeros(count, int)
+        state = model.compiled((self, "begin", count), begin)(*batch.arrays)
+        while True:
+            rows = state.rows
+            few = len(rows) // 2 if len(rows) >= 2 * _SMALLEST else 0
+            left = batch._replace(images=batch.images[rows], labels=batch.labels[rows])
+            call = model.compiled((self, "go on", count), go_on)
+            state = call(state, np.int32(few), *left.arrays)
+            standing, x_adv[rows], queries[rows] = state.ascent.outcome
+            if not 0 < standing.sum() <= few:
+                return x_adv, queries
+            kept = np.argsort(~standing, kind="stable")[: _room(few, standing.sum())]
+            state = keras.tree.map_structure(lambda a, kept=kept: a[kept] if a.ndim else a, state)
+
     def perturb(
         self, logits: Logits, images: Tensor, labels: Tensor, epsilon: Tensor, random: Randomness
     ) -> tuple[Tensor, Tensor]:
         """One ascent after another, until every example has failed or all are made."""
-        clean = logits(images)
+        given = _Given(logits, images, labels, epsilon, random, ops.shape(images)[0])
+        outcome = self._go_on(given, self._begin(given), few=0).ascent.outcome
+        return outcome.x_adv, outcome.queries
+
+    def _begin(self, given: _Given) -> _Search:
+        clean = given.logits(given.images)
         num_classes = clean.shape[1]
         _check_classes(self.loss, num_classes)
         targets = min(self.targets, num_classes - 1) if self.loss == "targeted_dlr" else 1
-        order = ops.top_k(clean, targets + 1)[1]
+        attempt, rows = ops.zeros((), "int32"), ops.arange(given.whole)
+        ascent = self._start(
+            given, attempt, rows, Standing.before(clean, given.images, given.labels)
+        )
+        return _Search(attempt, ops.top_k(clean, targets + 1)[1], rows, ascent)
 
-        def unfinished(attempt: Tensor, outcome: Standing) -> Tensor:
-            return ops.logical_and(attempt < targets * self.restarts, ops.any(outcome.standing))
+    def _go_on(self, given: _Given, state: _Search, few: Tensor) -> _Search:
+        """Goes on until all ascents are made, or no more than `few` examples stand."""
+        attempts = (state.order.shape[1] - 1) * self.restarts
 
-        def ascend(attempt: Tensor, outcome: Standing) -> tuple[Tensor, Standing]:
-            target = ops.take(order, attempt // self.restarts + 1, axis=1)
+        def many(outcome: Standing) -> Tensor:
+            return ops.sum(ops.cast(outcome.standing, "int32")) > few
+
+        def unfinished(state: _Search) -> Tensor:
+            return ops.logical_and(state.attempt < attempts, many(state.ascent.outcome))
+
+        def ascend(state: _Search) -> tuple[_Search]:
+            target = ops.take(state.order, state.attempt // self.restarts + 1, axis=1)
 
             def loss(outputs: Tensor) -> Tensor:
                 if self.loss == "ce":
-                    return example_losses(outputs, labels)
+                    return example_losses(outputs, given.labels)
                 if self.loss == "dlr":
-                    return dlr_losses(outputs, labels)
-                return targeted_dlr_losses(outputs, labels, target)
+                    return dlr_losses(outputs, given.labels)
+                return targeted_dlr_losses(outputs, given.labels, target)
 
-            with random.at(attempt) as seed:
-                draw = keras.random.normal if self.norm == "l2" else _uniform
-                noise = draw(ops.shape(images), dtype=images.dtype, seed=seed)
-            radius = epsilon / ops.maximum(norms.length(noise, self.norm), 1e-12)
-            start = ops.clip(images + by_example(radius) * noise, 0.0, 1.0)
-            state = _start(start, outcome, 2 * epsilon)
-            state = self._ascend(logits, loss, state, images, labels, epsilon)
-            return attempt + 1, state.outcome
+            ascent = self._ascend(given, loss, state.ascent, many)
+            over = ascent.step > self.steps
+            attempt = state.attempt + ops.cast(over, "int32")
+            following = self._start(given, attempt, state.rows, ascent.outcome)
+            ascent = keras.tree.map_structure(
+                lambda new, old: ops.where(over, new, old), following, ascent
+            )
+            return (state._replace(attempt=attempt, ascent=ascent),)
 
-        state = (ops.zeros((), "int32"), Standing.before(clean, images, labels))
-        outcome = ops.while_loop(unfinished, ascend, state)[1]
-        return outcome.x_adv, outcome.queries
+        return ops.while_loop(unfinished, ascend, (state,))[0]
+
+    def _start(self, given: _Given, attempt: Tensor, rows: Tensor, outcome: Standing) -> _Ascent:
+        """The ascent from random points of the balls' surfaces, whichever examples are left."""
+        images = given.images
+        with given.random.at(attempt) as seed:
+            draw = keras.random.normal if self.norm == "l2" else _uniform
+            noise = draw((given.whole, *images.shape[1:]), dtype=images.dtype, seed=seed)
+        noise = ops.take(noise, rows, axis=0)
+        radius = given.epsilon / ops.maximum(norms.length(noise, self.norm), 1e-12)
+        x = ops.clip(images + by_example(radius) * noise, 0.0, 1.0)
+        return _start(x, outcome, 2 * given.epsilon)
 
     def _ascend(
         self,
-        logits: Logits,
+        given: _Given,
         loss: Callable[[Tensor], Tensor],
         state: _Ascent,
-        images: Tensor,
-        labels: Tensor,
-        epsilon: Tensor,
+        many: Callable[[Standing], Tensor],
     ) -> _Ascent:
-        """Takes steps until all are done or no example stands."""
+        """Takes steps until all are done or not `many` examples stand."""
+        logits, images, labels, epsilon, *_ = given
         windows = ops.convert_to_tensor(_windows(self.steps))
 
         def clip(x: Tensor) -> Tensor:
             return ops.clip(images + norms.project(x - images, self.norm, epsilon), 0.0, 1.0)
 
         def unfinished(state: _Ascent) -> Tensor:
-            return ops.logical_and(state.step <= self.steps, ops.any(state.outcome.standing))
+            return ops.logical_and(state.step <= self.steps, many(state.outcome))
 
         def step(state: _Ascent) -> tuple[_Ascent]:
             losses, outputs, gradient = input_gradient(logits, state.x, loss)
@@ -188,6 +263,13 @@ def targeted_dlr_losses(logits: Tensor, labels: Tensor, targets: Tensor) -> Tens
     top = ops.top_k(logits, 4)[0]
     difference = class_logits(logits, targets) - class_logits(logits, labels)
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def _room(size: int, standing: int) -> int:
+    """`size` halved while all that stand have room, and it stays large enough."""
+    while standing <= size // 2 >= _SMALLEST:
+        size //= 2
+    return size
 
 
 def _check_classes(loss: str, num_classes: int) -> None:

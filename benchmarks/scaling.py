@@ -45,7 +45,14 @@ def training(images: np.ndarray, labels: np.ndarray, classes: int, devices: int)
             tvkeras.TVLipschitz(norm="l2", tv_weight=0.1, lipschitz_weight=0.1, fd_step=0.1),
         )
         robust.compile(keras.optimizers.SGD(0.01, momentum=0.9))
-        examples = data.Examples("random", "train", images, labels, classes, checksum="")
+        examples = data.Examples(
+            name="random",
+            split="train",
+            images=images,
+            labels=labels,
+            num_classes=classes,
+            checksum="",
+        )
         batches = data.Batches(examples, BATCH, seed=0)
         return timed(lambda: robust.fit(batches, verbose=0))
 

@@ -1,4 +1,3 @@
-import itertools
 import shutil
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from keras import ops
 import tvkeras
 from tests.conftest import BACKEND, ORDER, batch, linear, net
 from tvkeras import attacks, backends
-from tvkeras.attacks import apgd, fab, square
+from tvkeras.attacks import apgd, square
 from tvkeras.attacks.base import Batch
 from tvkeras.attacks.parts import Standing
 from tvkeras.inference import CompiledClassifier
@@ -172,69 +171,7 @@ def test_dlr_is_not_blinded_by_large_logits():
     np.testing.assert_array_equal(before.success, after.success)
 
 
-# ---- FAB -------------------------------------------------------------------------------
-
-
-def nearest_by_enumeration(x, normal, value):
-    """l2 distance to a hyperplane inside [0, 1]: every set of coordinates at a bound."""
-    best = np.inf
-    for ends in itertools.product((None, 0, 1), repeat=len(x)):
-        fixed = np.array([end is not None for end in ends])
-        d = np.array([0 if end is None else end - xi for end, xi in zip(ends, x, strict=True)])
-        free = normal * ~fixed
-        left = value + normal @ d
-        if np.any(free):
-            d = d - free * left / (free @ free)
-        elif abs(left) > 1e-9:
-            continue
-        if np.all((x + d >= -1e-9) & (x + d <= 1 + 1e-9)):
-            best = min(best, np.linalg.norm(d))
-    return best
-
-
-def nearest_by_bisection(x, normal, value):
-    """linf distance to a hyperplane inside [0, 1]."""
-
-    def reached(t):
-        ends = np.clip(x + t * np.sign(-value * normal), 0, 1)
-        return value * (value + normal @ (ends - x)) <= 0
-
-    low, high = 0.0, 1.0
-    if not reached(high):
-        return np.inf
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_projection_onto_a_hyperplane_within_bounds(norm):
-    rng = np.random.default_rng(0)
-    count = 60
-    x = rng.random((count, 2, 2, 1))
-    x[:9, 0] = rng.integers(0, 2, (9, 2, 1))  # at a bound already
-    normal = rng.normal(size=x.shape) * 10.0 ** rng.integers(-12, 3, (count, 1, 1, 1))
-    normal[:5, 1, 1] = 0
-    normal[5] = 0
-    size = np.abs(normal).sum(axis=(1, 2, 3))
-    value = size * rng.uniform(-0.8, 0.8, count)
-    d = array(fab.to_hyperplane(*map(tensor, (x, normal, value)), norm))
-    value /= np.where(size > 0, size, 1)
-    normal /= np.where(size > 0, size, 1)[:, None, None, None]
-    nearest = nearest_by_enumeration if norm == "l2" else nearest_by_bisection
-    reachable = 0
-    for i in range(count):
-        assert np.all((x[i] + d[i] >= -1e-6) & (x[i] + d[i] <= 1 + 1e-6))
-        distance = nearest(x[i].ravel(), normal[i].ravel(), value[i]) if size[i] else 0.0
-        if not np.isfinite(distance):  # as far as it goes
-            room = np.where(value[i] * normal[i] > 0, x[i], 1 - x[i])
-            np.testing.assert_allclose(np.abs(d[i]), room * (normal[i] != 0), atol=1e-6)
-            continue
-        reachable += 1
-        assert abs(value[i] + np.sum(normal[i] * d[i])) <= 1e-5
-        assert np.linalg.norm(d[i].ravel(), ORDER[norm]) == pytest.approx(distance, abs=1e-5)
-    assert 20 < reachable < count
+# ---- Members ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -249,34 +186,6 @@ def test_gradient_members_reach_the_boundary_of_a_linear_classifier(attack, norm
     result = attack(model, images, labels, epsilon=1.06 * margin)
     assert result.success.all()
     assert np.all(result.distance[:2] > margin)
-
-
-# ---- Square ----------------------------------------------------------------------------
-
-
-def test_square_side_schedule_of_a_cifar_image():
-    image = np.zeros((1, 32, 32, 3), "float32")
-    sides = [29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
-    assert square._sides(image, smallest=1) == sides
-    assert square._sides(image, smallest=3) == [29, 21, 15, 11, 7, 5, 5, 3, 3, 3]
-    steps = (0, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
-    stages = [int(array(square._at(tensor(step, "int32"), sides))) for step in steps]
-    assert stages == [29, 29, 20, 20, 14, 10, 7, 5, 4, 3, 2, 1]
-
-
-def test_humps_are_rings_painted_one_on_another():
-    for height, width in ((1, 3), (2, 5), (3, 3), (7, 4)):
-        rings = np.zeros((height, width))
-        for ring in range(max(height, width) // 2 + 1):
-            top, left = height // 2 - ring, width // 2 - ring
-            rows = slice(max(top, 0), top + 2 * ring + 1)
-            rings[rows, max(left, 0) : left + 2 * ring + 1] += 1 / (ring + 1) ** 2
-        np.testing.assert_allclose(square._rings(height, width), rings / np.linalg.norm(rings))
-    for side in (1, 2, 3, 8):
-        hump = square._hump(side)
-        assert np.linalg.norm(hump) == pytest.approx(1)
-        assert np.all(hump[: side // 2] > 0)
-        assert np.all(hump[side // 2 :] < 0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -296,9 +205,6 @@ def test_square_stays_inside_and_takes_forward_passes_alone(norm):
         side = square._sides(images, smallest=1)[0]
         changed = np.any(queried[1] != queried[0], axis=3).sum(axis=(1, 2))
         assert np.all(changed <= side**2)
-
-
-# ---- What holds for all ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
     test = enlarged(data.load("digits", "test")).take(np.arange(200), "first 200")
     if given.images:
         training = training.take(np.arange(given.images), "few")
-        test = test.take(np.arange(min(given.images, len(test.labels))), "few")
+        test = test.take(np.arange(min(given.images, len(test))), "few")
     for name, defense in DEFENSES.items():
         classifier = fine_tune(defense, training, given.epochs)
         print(tvkeras.benchmark(classifier, test.images, test.labels, name=name, **QUICK_CHECK))

@@ -105,7 +105,7 @@ class AutoPGD(Attack):
     def search(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Attacks one batch; once half of it is broken, the rest goes on as a smaller one."""
         model, count = batch.model, len(batch.images)
-        if count < 2 * _SMALLEST:
+        if not _half(count):
             return super().search(batch)
 
         def given(logits: Logits, *tensors: Tensor) -> _Given:
@@ -120,16 +120,17 @@ class AutoPGD(Attack):
 
         x_adv, queries = batch.images.copy(), np.zeros(count, int)
         state = model.compiled((self, "begin", count), begin)(*batch.arrays)
+        call = model.compiled((self, "go on", count), go_on)
         while True:
-            rows = state.rows
-            few = len(rows) // 2 if len(rows) >= 2 * _SMALLEST else 0
+            rows, few = state.rows, _half(len(state.rows))
             left = batch._replace(images=batch.images[rows], labels=batch.labels[rows])
-            call = model.compiled((self, "go on", count), go_on)
             state = call(state, np.int32(few), *left.arrays)
             standing, x_adv[rows], queries[rows] = state.ascent.outcome
             if not 0 < standing.sum() <= few:
                 return x_adv, queries
-            kept = np.argsort(~standing, kind="stable")[: _room(few, standing.sum())]
+            while standing.sum() <= _half(few):
+                few = _half(few)
+            kept = np.argsort(~standing, kind="stable")[:few]
             state = keras.tree.map_structure(lambda a, kept=kept: a[kept] if a.ndim else a, state)
 
     def perturb(
@@ -146,9 +147,8 @@ class AutoPGD(Attack):
         _check_classes(self.loss, num_classes)
         targets = min(self.targets, num_classes - 1) if self.loss == "targeted_dlr" else 1
         attempt, rows = ops.zeros((), "int32"), ops.arange(given.whole)
-        ascent = self._start(
-            given, attempt, rows, Standing.before(clean, given.images, given.labels)
-        )
+        outcome = Standing.before(clean, given.images, given.labels)
+        ascent = self._at_random(given, attempt, rows, outcome)
         return _Search(attempt, ops.top_k(clean, targets + 1)[1], rows, ascent)
 
     def _go_on(self, given: _Given, state: _Search, few: Tensor) -> _Search:
@@ -174,7 +174,7 @@ class AutoPGD(Attack):
             ascent = self._ascend(given, loss, state.ascent, many)
             over = ascent.step > self.steps
             attempt = state.attempt + ops.cast(over, "int32")
-            following = self._start(given, attempt, state.rows, ascent.outcome)
+            following = self._at_random(given, attempt, state.rows, ascent.outcome)
             ascent = keras.tree.map_structure(
                 lambda new, old: ops.where(over, new, old), following, ascent
             )
@@ -182,7 +182,9 @@ class AutoPGD(Attack):
 
         return ops.while_loop(unfinished, ascend, (state,))[0]
 
-    def _start(self, given: _Given, attempt: Tensor, rows: Tensor, outcome: Standing) -> _Ascent:
+    def _at_random(
+        self, given: _Given, attempt: Tensor, rows: Tensor, outcome: Standing
+    ) -> _Ascent:
         """The ascent from random points of the balls' surfaces, whichever examples are left."""
         images = given.images
         with given.random.at(attempt) as seed:
@@ -265,11 +267,9 @@ def targeted_dlr_losses(logits: Tensor, labels: Tensor, targets: Tensor) -> Tens
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def _room(size: int, standing: int) -> int:
-    """`size` halved while all that stand have room, and it stays large enough."""
-    while standing <= size // 2 >= _SMALLEST:
-        size //= 2
-    return size
+def _half(size: int) -> int:
+    """Half of a batch; 0 where that is too small."""
+    return size // 2 if size >= 2 * _SMALLEST else 0
 
 
 def _check_classes(loss: str, num_classes: int) -> None:

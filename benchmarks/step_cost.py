@@ -4,12 +4,11 @@
         [--torch_python=PYTHON]
 
 Times whole optimizer steps of the same network on the same batch, in turns, so that a change of
-the machine's speed meets all alike; quotes medians, of the mean step where steps differ. On
-TensorFlow, peak memory is that of a process of its own for each variant, over what it held
-before its first step, tensors from 256 KiB on in pages of their own, so that holes in the heap
-do not count; on JAX, what the compiled step asks for beside its arguments. With a Python that
-has torch, plain and penalised steps of the network's copy in PyTorch (channels last, autograd's
-three passes; with and without `torch.compile`) are timed in the same turns.
+the machine's speed meets all alike; quotes medians, of the mean step where steps differ. Peak
+memory is that of the step's tensors beside its arguments: on JAX what the compiled step asks
+for, on TensorFlow what lives at the same time (`benchmarks.tensors`). With a Python that has
+torch, plain and penalised steps of the network's copy in PyTorch (channels last, autograd's three
+passes; with and without `torch.compile`) are timed in the same turns.
 
 The rate is that of the arithmetic alone (see `models.multiply_adds`), three forward passes'
 worth for each pass, beside that of a large product of matrices in the same precision.
@@ -20,7 +19,6 @@ import os
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +28,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
-from benchmarks.common import described, resident
+from benchmarks.common import described
 from tvkeras import backends
 
 PENALTY = {"norm": "l2", "tv_weight": 0.1, "lipschitz_weight": 0.1, "fd_step": 0.1}
@@ -66,7 +64,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each variant.")
 _ARGUMENTS = flags.DEFINE_string("arguments", "{}", "For the model's builder, as JSON.")
 _PRECISION = flags.DEFINE_string("precision", "float32", "A dtype policy of Keras.")
 _TORCH = flags.DEFINE_string("torch_python", None, "Python with torch.")
-_MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: measure one variant's memory.")
 
 
 def network() -> keras.Model:
@@ -133,33 +130,13 @@ def peak_memory(variant: str) -> float:
 
         step, _ = compiled_step(*trained(variant))
         return step.memory_analysis().temp_size_in_bytes / 2**20
-    command = [sys.executable, "-m", "benchmarks.step_cost", f"--memory_of={variant}"]
-    chosen = (_MODEL, _ARGUMENTS, _BATCH_SIZE, _PRECISION)
-    settings = [f"--{flag.name}={flag.value}" for flag in chosen]
-    output = subprocess.run(
-        [*command, *settings],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(output.stdout.split()[-1])
+    from benchmarks.tensors import peak
 
-
-def print_own_memory(variant: str) -> None:
-    """Body of the process that `peak_memory` starts on TensorFlow: three steps."""
-    step = keras_step(variant)
-    before = resident("VmRSS")
-    for _ in range(3):
-        step()
-    print(resident("VmHWM") - before)
+    return peak(*trained(variant))
 
 
 def main(_: list[str]) -> None:
     """Times every variant in turns and prints a table."""
-    if _MEMORY_OF.value:
-        print_own_memory(_MEMORY_OF.value)
-        return
     steps: dict[str, Callable[[], object]] = {name: keras_step(name) for name in VARIANTS}
     if _TORCH.value:
         folder = pathlib.Path(tempfile.mkdtemp())

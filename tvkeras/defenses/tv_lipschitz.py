@@ -155,22 +155,24 @@ class TVLipschitz(Defense):
         t_d = t * norms.steepest_direction(g, self.norm)
         end = functools.partial(self._end, batch, steepest, share)
 
-        if self.scheme == "forward" and not (self.lipschitz_weight and batch.stochastic):
-            # Two passes: the clean one is the base, but for that of x_k, which is appended.
-            ratio = batch.strength * checks.epsilon(self.tv_weight) / t
-            base: _End = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
-            ahead = end(t, batch.images + t_d, base[1], append=bool(self.lipschitz_weight))
-        elif self.scheme == "forward":  # the base is computed again, both terms on the same masks
-            base = end(t, batch.images, clean.gradients)
-            ahead = end(t, batch.images + t_d, base[1])
+        span, append = t, False
+        if self.scheme == "central":
+            span = 2 * t
+            base = end(span, batch.images - t_d, clean.gradients)
+        elif self.lipschitz_weight and batch.stochastic:
+            base = end(span, batch.images, clean.gradients)  # both terms on the same masks
         else:
-            base = end(2 * t, batch.images - t_d, clean.gradients)
-            ahead = end(2 * t, batch.images + t_d, base[1])
+            # Two passes: the clean one is the base, but for that of x_k, which is appended.
+            append = bool(self.lipschitz_weight)
+            ratio = batch.strength * checks.epsilon(self.tv_weight) / t
+            base = ratio * clean.loss, [ratio * gradient for gradient in clean.gradients]
 
-        terms = zip(plain.gradients, ahead[1], base[1], strict=True)
+        # Taken off first: one set of gradients, not two, then lives through the last pass.
+        rest = [p - b for p, b in zip(plain.gradients, base[1], strict=True)]
+        ahead = end(span, batch.images + t_d, rest, append=append)
         return plain._replace(
-            gradients=[p + a - b for p, a, b in terms],
-            loss=plain.loss + ahead[0] - base[0],
+            gradients=[r + a for r, a in zip(rest, ahead[1], strict=True)],
+            loss=plain.loss - base[0] + ahead[0],
             penalties={"total_variation": batch_mean(sizes), "lipschitz": lipschitz},
         )
 

@@ -1,0 +1,53 @@
+"""What a training step's tensors take, on TensorFlow."""
+
+import numpy as np
+import tensorflow as tf
+
+import tvkeras
+
+
+def peak(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]) -> float:
+    """MiB of tensors alive at the same time at the most, of those a step makes.
+
+    The step's gradients are computed once in a session that records what is allocated and
+    freed, one operation after the other; the optimizer's part is left out. What the process
+    needs besides (compiled primitives, holes in the heap) does not grow with the batch.
+
+    Args:
+        robust: Compiled by Keras.
+        batch: Images and labels.
+    """
+    groups = robust.trainable_variables, robust.non_trainable_variables
+    arguments = *([v.numpy() for v in group] for group in groups), *batch
+
+    @tf.function
+    def gradients(trainable: list, state: list, images: tf.Tensor, labels: tf.Tensor) -> tuple:
+        update, state = robust.compute_update(trainable, state, images, labels, None)
+        return update.gradients, update.loss, state
+
+    tensors = tf.nest.map_structure(tf.convert_to_tensor, arguments)
+    function = gradients.get_concrete_function(*tensors)
+    values = tf.nest.flatten(arguments)
+    inputs = [tensor.name for tensor in function.inputs]
+    count = robust.optimizer.iterations.numpy()
+    recorded = tf.compat.v1.RunMetadata()
+    in_turn = tf.compat.v1.ConfigProto(inter_op_parallelism_threads=1)
+    with tf.Graph().as_default(), tf.compat.v1.Session(config=in_turn) as session:
+        iterations = tf.compat.v1.get_variable("iterations", initializer=count, use_resource=True)
+        session.run(iterations.initializer)
+        held = dict.fromkeys(inputs[len(values) :], iterations.handle)
+        tf.import_graph_def(function.graph.as_graph_def(), held, name="")
+        session.run(
+            [tensor.name for tensor in function.outputs],
+            dict(zip(inputs, values, strict=False)),
+            tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE),
+            recorded,
+        )
+    changes = sorted(
+        (change.alloc_micros, change.alloc_bytes)
+        for device in recorded.step_stats.dev_stats
+        for node in device.node_stats
+        for memory in node.memory
+        for change in memory.allocation_records
+    )
+    return float(np.cumsum([size for _, size in changes]).max()) / 2**20

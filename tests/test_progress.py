@@ -22,6 +22,17 @@ def test_a_log_hears_of_a_short_job_once():
     assert line.startswith("attack  4/4 batches  0:00:0")
 
 
+def test_a_log_of_a_long_job_goes_silent_for_ten_minutes_at_most():
+    minutes = iter(range(61))
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream):
+        progress = Progress("epoch", 60, "steps", clock=lambda: 60.0 * next(minutes))
+        for done in range(1, 61):
+            progress.update(done)
+    said_at = [int(line.split()[1].partition("/")[0]) for line in stream.getvalue().splitlines()]
+    assert said_at == [1, 2, 4, 8, 16, 26, 36, 46, 56, 60]
+
+
 def test_a_terminal_shows_one_line_with_the_time_left():
     text = said(Terminal())
     assert text.count("\n") == 1

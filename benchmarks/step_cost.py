@@ -5,9 +5,8 @@
 
 Times whole optimizer steps of the same network on the same batch, in turns, so that a change of
 the machine's speed meets all alike; quotes medians, of the mean step where steps differ. Peak
-memory is that of the step's tensors beside its arguments: on JAX what the compiled step asks
-for, on TensorFlow what lives at the same time (`benchmarks.tensors`). With a Python that has
-torch, plain and penalised steps of the network's copy in PyTorch (channels last, autograd's three
+memory is that of the step's tensors (see `benchmarks.tensors`). With a Python that has torch,
+plain and penalised steps of the network's copy in PyTorch (channels last, autograd's three
 passes; with and without `torch.compile`) are timed in the same turns.
 
 The rate is that of the arithmetic alone (see `models.multiply_adds`), three forward passes'
@@ -28,6 +27,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
+from benchmarks import tensors
 from benchmarks.common import described
 from tvkeras import backends
 
@@ -123,18 +123,6 @@ def product_rate() -> float:
     return 2 * side**3 / min(seconds) / 1e9
 
 
-def peak_memory(variant: str) -> float:
-    """MiB that a step of a variant needs at the most."""
-    if keras.backend.backend() == "jax":
-        from benchmarks.xla import compiled_step
-
-        step, _ = compiled_step(*trained(variant))
-        return step.memory_analysis().temp_size_in_bytes / 2**20
-    from benchmarks.tensors import peak
-
-    return peak(*trained(variant))
-
-
 def main(_: list[str]) -> None:
     """Times every variant in turns and prints a table."""
     steps: dict[str, Callable[[], object]] = {name: keras_step(name) for name in VARIANTS}
@@ -172,7 +160,7 @@ def main(_: list[str]) -> None:
     print(f"{'peak memory':<34}{'x plain':>8}{'MiB':>10}")
     memory: dict[str, float] = {}
     for name in VARIANTS:
-        memory[name] = peak_memory(name)
+        memory[name] = tensors.peak(*trained(name))
         ratio = memory[name] / memory["plain"]
         print(f"{name:<34}{ratio:8.2f}{memory[name]:10.0f}", flush=True)
 

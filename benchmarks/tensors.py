@@ -1,22 +1,29 @@
-"""What a training step's tensors take, on TensorFlow."""
+"""What a training step's tensors take."""
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 import tvkeras
 
 
 def peak(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]) -> float:
-    """MiB of tensors alive at the same time at the most, of those a step makes.
+    """MiB that a step's tensors take at the most, beside its arguments.
 
-    The step's gradients are computed once in a session that records what is allocated and
-    freed, one operation after the other; the optimizer's part is left out. What the process
-    needs besides (compiled primitives, holes in the heap) does not grow with the batch.
+    On JAX, what the compiled step asks for. On TensorFlow, what lives at the same time while
+    the step's gradients are computed once, one operation after the other. The optimizer's part
+    is left out there, and what the process needs besides: compiled primitives, holes in the heap.
 
     Args:
         robust: Compiled by Keras.
         batch: Images and labels.
     """
+    if keras.backend.backend() == "jax":
+        from benchmarks.xla import compiled_step
+
+        step, _ = compiled_step(robust, batch)
+        return step.memory_analysis().temp_size_in_bytes / 2**20
+    import tensorflow as tf
+
     groups = robust.trainable_variables, robust.non_trainable_variables
     arguments = *([v.numpy() for v in group] for group in groups), *batch
 

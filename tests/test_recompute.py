@@ -4,6 +4,7 @@ import pytest
 from keras import layers
 
 import tvkeras
+from benchmarks import tensors
 from tests.conftest import arrays, assert_close, batch, net
 from tvkeras.training import recompute
 
@@ -43,6 +44,27 @@ def test_what_is_computed_again_is_the_same(defense):
     assert_close(floats[1], floats[0], rtol=1e-6)
     for name, values in ends[0][1].items():
         np.testing.assert_allclose(ends[1][1][name], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        tvkeras.TVLipschitz(),
+        tvkeras.TVLipschitz(lipschitz_weight=0.1),
+        tvkeras.TVLipschitz(norm="linf", penalty_every=2),
+    ],
+    ids=["tv", "both", "every"],
+)
+def test_one_set_of_gradients_more_lives_through_the_second_pass(defense):
+    images, labels = np.random.default_rng(0).random((4, 8, 8, 1), "float32"), np.arange(4)
+    peaks = []
+    for trained in (tvkeras.Undefended(), defense):
+        hidden = [layers.Dense(1024, "gelu"), layers.Dense(512, "gelu"), layers.Dense(4)]
+        classifier = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), *hidden])
+        robust = tvkeras.RobustClassifier(classifier, trained)
+        robust.compile(keras.optimizers.SGD(0.1))
+        peaks.append(tensors.peak(robust, (images, labels)))
+    assert peaks[1] - peaks[0] <= 1.2 * 4 * classifier.count_params() / 2**20
 
 
 def test_segments_meet_where_one_tensor_carries_all_and_share_no_layer():

@@ -222,7 +222,7 @@ class TVLipschitz(Defense):
 
         def plain() -> Update:
             update = Undefended().update(batch)
-            unknown = ops.full_like(update.loss, math.nan)
+            unknown = ops.full((), math.nan, batch.images.dtype)
             return update._replace(penalties=dict.fromkeys(self.penalties, unknown))
 
         due = ops.equal(batch.step % self.penalty_every, 0)

@@ -5,12 +5,13 @@
 
 Times whole optimizer steps of the same network on the same batch, in turns, so that a change of
 the machine's speed meets all alike; quotes medians, of the mean step where steps differ. Peak
-memory is that of the step's tensors (see `benchmarks.tensors`). With a Python that has torch,
+memory is that of the step's tensors (see `benchmarks.trace`). With a Python that has torch,
 plain and penalised steps of the network's copy in PyTorch (channels last, autograd's three
 passes; with and without `torch.compile`) are timed in the same turns.
 
 The rate is that of the arithmetic alone (see `models.multiply_adds`), three forward passes'
-worth for each pass, beside that of a large product of matrices in the same precision.
+worth for each pass, beside that of a large product of matrices in the same precision. Where
+TensorFlow's time goes is said by kind of operation, of those with 2 % or more.
 """
 
 import json
@@ -27,7 +28,7 @@ import numpy as np
 from absl import app, flags
 
 import tvkeras
-from benchmarks import tensors
+from benchmarks import trace
 from benchmarks.common import described
 from tvkeras import backends
 
@@ -160,9 +161,15 @@ def main(_: list[str]) -> None:
     print(f"{'peak memory':<34}{'x plain':>8}{'MiB':>10}")
     memory: dict[str, float] = {}
     for name in VARIANTS:
-        memory[name] = tensors.peak(*trained(name))
+        memory[name] = trace.peak_memory(*trained(name))
         ratio = memory[name] / memory["plain"]
         print(f"{name:<34}{ratio:8.2f}{memory[name]:10.0f}", flush=True)
+    if keras.backend.backend() == "tensorflow":
+        print(f"{'where the time goes':<34}{'plain':>8}{'TV + Lipschitz':>18}")
+        plain, penalised = (trace.shares_of_time(*trained(name)) for name in PASSES)
+        for kind, share in plain.items():
+            if share >= 0.02:
+                print(f"{kind:<34}{share:8.0%}{penalised.get(kind, 0):18.0%}")
 
 
 if __name__ == "__main__":

@@ -290,6 +290,33 @@ def test_the_fast_twin_is_the_same_function(training, activation):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the kernels are TensorFlow's")
+@pytest.mark.parametrize(("size", "padding"), [(3, "same"), ((2, 1), "same"), ((1, 4), "valid")])
+def test_a_small_convolution_has_the_gradients_of_its_kernel_and_images(size, padding):
+    from tvkeras import backends
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    images = keras.Input((8, 8, 128))
+    classifier = keras.Model(images, layers.Conv2D(130, size, padding=padding)(images))
+    twin = backends.fast_twin(classifier)
+    assert type(twin.layers[-1]).__name__ == "SmallConvolution"
+    weights = [variable.value for variable in classifier.variables]
+    rng = np.random.default_rng(0)
+    x = ops.convert_to_tensor(rng.normal(size=(3, 8, 8, 128)), "float32")
+    upstream = rng.normal(size=(3, *classifier.output_shape[1:]))
+
+    def found(model):
+        def loss(weights, x):
+            outputs = ops.cast(model.stateless_call(weights, [], x)[0], "float32")
+            return ops.sum(upstream * outputs), None
+
+        return keras.tree.flatten(backends.value_and_gradient(loss, (weights, x))[1])
+
+    for one, other in zip(found(twin), found(classifier), strict=True):
+        one, other = (ops.convert_to_numpy(ops.cast(g, "float32")) for g in (one, other))
+        np.testing.assert_allclose(one, other, atol=0.01 * np.abs(other).max())
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")
 def test_a_classifier_that_no_clone_equals_is_its_own_twin():
     from tvkeras import backends

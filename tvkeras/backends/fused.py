@@ -1,4 +1,4 @@
-"""TensorFlow's fused kernels in the place of Keras's composed ones."""
+"""Faster kernels in the place of those that Keras and TensorFlow choose."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,9 @@ def fast_twin(classifier: keras.Model) -> keras.Model:
     """The same function, faster: BatchNorm as a fused kernel, GELU and SiLU as a loop each.
 
     Keras and TensorFlow compose all three, and their gradients, of elementary operations. The
-    layers of the twin, a clone, do not; called statelessly with the classifier's own
-    variables, it leaves the classifier a plain Keras model.
+    layers of the twin, a clone, do not, and some of its convolutions have a faster gradient;
+    called statelessly with the classifier's own variables, it leaves the classifier a plain
+    Keras model.
 
     Returns:
         The twin, or `classifier` itself where nothing can be replaced, or where a
@@ -112,6 +113,51 @@ def _normalized(
     return normalized(inputs, gamma, beta)
 
 
+class SmallConvolution(keras.layers.Conv2D):
+    """`keras.layers.Conv2D` of small images with many channels, in bfloat16 on a CPU.
+
+    There oneDNN takes three to five times as long for the kernel's gradient as for the images';
+    as a product of matrices for each of the kernel's places it takes about as long.
+    """
+
+    def convolution_op(self, inputs: Tensor, kernel: Any) -> Tensor:
+        """The convolution, without bias and activation."""
+        padding = self.padding.upper()
+
+        @tf.custom_gradient
+        def convolution(inputs: Tensor, kernel: Tensor) -> Any:
+            def gradients(upstream: Tensor) -> tuple[Tensor, Tensor]:
+                return (
+                    tf.nn.conv2d_transpose(upstream, kernel, tf.shape(inputs), 1, padding),
+                    _kernel_gradient(inputs, upstream, kernel.shape, padding),
+                )
+
+            return tf.nn.conv2d(inputs, kernel, 1, padding), gradients
+
+        return convolution(inputs, tf.convert_to_tensor(kernel))
+
+
+def _kernel_gradient(
+    inputs: Tensor, upstream: Tensor, shape: tuple[int, ...], padding: str
+) -> Tensor:
+    height, width, channels, filters = shape
+    if padding == "SAME":
+        margins = ([(side - 1) // 2, side // 2] for side in (height, width))
+        inputs = tf.pad(inputs, [[0, 0], *margins, [0, 0]])
+    rows, columns = upstream.shape[1:3]
+    upstream = tf.reshape(upstream, (-1, filters))
+    products = [
+        tf.matmul(
+            tf.reshape(inputs[:, y : y + rows, x : x + columns], (-1, channels)),
+            upstream,
+            transpose_a=True,
+        )
+        for y in range(height)
+        for x in range(width)
+    ]
+    return tf.reshape(tf.stack(products), shape)
+
+
 class FusedActivation(keras.layers.Activation):
     """`keras.layers.Activation` of `gelu` or `silu`, each pass in one loop over memory.
 
@@ -168,7 +214,23 @@ def _faster(layer: keras.layers.Layer) -> type[keras.layers.Layer] | None:
     """The faster kind that can stand for a layer, if there is one."""
     if type(layer) is keras.layers.Activation and layer.activation in _FUSED:
         return FusedActivation
+    if _is_small_convolution(layer):
+        return SmallConvolution
     return FusedBatchNormalization if _is_fusible(layer) else None
+
+
+def _is_small_convolution(layer: keras.layers.Layer) -> bool:
+    """Where the products were measured to be faster (BUILD.md, Speed)."""
+    return (
+        type(layer) is keras.layers.Conv2D
+        and layer.compute_dtype == "bfloat16"
+        and not tf.config.list_physical_devices("GPU")
+        and layer.data_format == "channels_last"
+        and layer.strides == layer.dilation_rate == (1, 1)
+        and layer.groups == 1
+        and min(layer.kernel.shape[2:]) >= 128
+        and math.prod(side or math.inf for side in layer.output.shape[1:3]) <= 64
+    )
 
 
 def _is_fusible(layer: keras.layers.Layer) -> bool:

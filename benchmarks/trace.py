@@ -1,4 +1,7 @@
-"""What a training step's tensors take."""
+"""What the operations of a training step take: memory and time."""
+
+import collections
+import re
 
 import keras
 import numpy as np
@@ -6,7 +9,7 @@ import numpy as np
 import tvkeras
 
 
-def peak(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]) -> float:
+def peak_memory(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]) -> float:
     """MiB that a step's tensors take at the most, beside its arguments.
 
     On JAX, what the compiled step asks for. On TensorFlow, what lives at the same time while
@@ -22,6 +25,28 @@ def peak(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray])
 
         step, _ = compiled_step(robust, batch)
         return step.memory_analysis().temp_size_in_bytes / 2**20
+    changes = sorted(
+        (change.alloc_micros, change.alloc_bytes)
+        for node in _executed(robust, batch)
+        for memory in node.memory
+        for change in memory.allocation_records
+    )
+    return float(np.cumsum([size for _, size in changes]).max()) / 2**20
+
+
+def shares_of_time(
+    robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]
+) -> dict[str, float]:
+    """The share of each kind of TensorFlow operation in the seconds of a step's gradients."""
+    micros: collections.Counter[str] = collections.Counter()
+    for node in _executed(robust, batch):
+        kind = re.search(r" = (?:_MklNative|_Mkl|_)?(\w+)\(", node.timeline_label)
+        micros[kind[1] if kind else "other"] += node.op_end_rel_micros - node.op_start_rel_micros
+    return {kind: count / micros.total() for kind, count in micros.most_common()}
+
+
+def _executed(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray]) -> list:
+    """TensorFlow's record of each operation of a step, executed in turn; of its second time."""
     import tensorflow as tf
 
     groups = robust.trainable_variables, robust.non_trainable_variables
@@ -37,24 +62,18 @@ def peak(robust: tvkeras.RobustClassifier, batch: tuple[np.ndarray, np.ndarray])
     values = tf.nest.flatten(arguments)
     inputs = [tensor.name for tensor in function.inputs]
     count = robust.optimizer.iterations.numpy()
-    recorded = tf.compat.v1.RunMetadata()
     in_turn = tf.compat.v1.ConfigProto(inter_op_parallelism_threads=1)
     with tf.Graph().as_default(), tf.compat.v1.Session(config=in_turn) as session:
         iterations = tf.compat.v1.get_variable("iterations", initializer=count, use_resource=True)
         session.run(iterations.initializer)
         held = dict.fromkeys(inputs[len(values) :], iterations.handle)
         tf.import_graph_def(function.graph.as_graph_def(), held, name="")
-        session.run(
-            [tensor.name for tensor in function.outputs],
-            dict(zip(inputs, values, strict=False)),
-            tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE),
-            recorded,
-        )
-    changes = sorted(
-        (change.alloc_micros, change.alloc_bytes)
-        for device in recorded.step_stats.dev_stats
-        for node in device.node_stats
-        for memory in node.memory
-        for change in memory.allocation_records
-    )
-    return float(np.cumsum([size for _, size in changes]).max()) / 2**20
+        for _ in range(2):  # the first one compiles and allocates
+            recorded = tf.compat.v1.RunMetadata()
+            session.run(
+                [tensor.name for tensor in function.outputs],
+                dict(zip(inputs, values, strict=False)),
+                tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE),
+                recorded,
+            )
+    return [node for device in recorded.step_stats.dev_stats for node in device.node_stats]

@@ -209,10 +209,12 @@ def test_other_backends_are_told_to_use_tensorflow(tmp_path):
 def test_the_detector_is_the_one_whose_figures_the_card_states(tmp_path):
     run = Run.open(shutil.copytree(ENTRY, tmp_path / "run"))
     stated = json.loads((ENTRY / "card.json").read_text())
-    (threshold,) = (r["threshold"] for r in stated["detection"] if r["statistic"] == "loss")
-    assert run_detector(run).threshold == threshold
+    (report,) = (r for r in stated["detection"] if r["statistic"] == "loss")
     fitted = run_detector(run, false_positive_rate=0.05)
-    assert fitted.threshold != threshold
+    assert run_detector(run).threshold == report["threshold"] == pytest.approx(fitted.threshold)
+    report["threshold"] = 9.0
+    (run.folder / "card.json").write_text(json.dumps(stated))
+    assert run_detector(run).threshold == 9.0
     assert run_detector(run, false_positive_rate=0.5).threshold < fitted.threshold
     assert run_detector(run, statistic="model").statistic == "model"
     stated["model"]["weights_sha256"] = "0" * 64  # of another training

@@ -108,7 +108,7 @@ def test_what_was_measured_alike_stands_together_the_unreliable_last():
     table = found["digits test", "l2"]
     order = ["holding", "digits_tv_lip", "failing", "masked"]
     assert [row["card"].name for row in table["rows"]] == order
-    assert table["rows"][1]["attacks"] == ["PGD l2", "DDN", "Square l2"]
+    assert table["rows"][1]["attacks"][:3] == ["PGD l2", "DDN", "Square l2"]
     assert table["radii"] == ["0.25", "0.5", "1/2", "1.0"]
     assert site.leaderboard(cards).count(">unreliable</td>") == 1
     assert site.leaderboard([card]).count("unreliable") == 0
@@ -149,7 +149,7 @@ def copied(tmp_path, monkeypatch):
 
 CHANGES = {
     "no JSON": (None, "JSONDecodeError"),
-    "newer": ({"schema": 9}, "reads (2, 3, 4)"),
+    "newer": ({"schema": 9}, "this tvkeras reads 4"),
     "another's": ({"name": "javascript:alert(1)//"}, "is that of"),
     "elsewhere": ({"figures": {"a": "/etc/hostname"}}, "got '/etc/hostname'"),
     "above": ({"figures": {"a": "../digits_undefended/distances.png"}}, "must be files beside"),

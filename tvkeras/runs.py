@@ -1,6 +1,5 @@
 """The run folder: what a training run writes, and how its classifier is read."""
 
-import ast
 import contextlib
 import dataclasses
 import difflib
@@ -21,7 +20,7 @@ import h5py
 import keras
 import numpy as np
 
-from tvkeras import checkpoint, defenses, models
+from tvkeras import checkpoint, models
 from tvkeras.defenses import Defense
 
 # Settings that change how a run is kept and measured, not what it trains: a continuation may
@@ -136,11 +135,8 @@ class Run:
         """
         stored = self.about.get("defense")
         try:
-            if isinstance(stored, str):  # of the first entries of the zoo
-                found = _from_repr(stored)
-            else:
-                found = keras.saving.deserialize_keras_object(stored)
-        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            found = keras.saving.deserialize_keras_object(stored)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.about_path} names no defence: {error}") from error
         if not isinstance(found, Defense):
             raise ValueError(f"{self.about_path} names no defence: {stored!r}.")
@@ -324,16 +320,6 @@ def _copy_float16(source: h5py.Group, target: h5py.Group) -> None:
         else:
             array = item[()]
             target[name] = array.astype(np.float16) if array.dtype.kind == "f" else array
-
-
-def _from_repr(text: str) -> Defense:
-    """The defence whose `repr` is `text`, such as "TVLipschitz(norm='l2')"."""
-    call = ast.parse(text, mode="eval").body
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ValueError(f"{text!r} is none")
-    arguments = {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
-    found: Defense = getattr(defenses, call.func.id)(**arguments)
-    return found
 
 
 def _binding(config: str) -> list[str]:

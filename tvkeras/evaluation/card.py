@@ -11,8 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-SCHEMA = 4  # 2 had no note, 3 no corruptions: published entries are of these
-READABLE = (2, 3, 4)
+SCHEMA = 4
 EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
 
@@ -287,9 +286,9 @@ class Card:
         """
         content = json.loads(text)
         schema = content.get("schema") if isinstance(content, dict) else None
-        if schema not in READABLE:
+        if schema != SCHEMA:
             raise ValueError(
-                f"the card has schema={schema!r}, this tvkeras reads {READABLE}. "
+                f"the card has schema={schema!r}, this tvkeras reads {SCHEMA}. "
                 "Use the tvkeras that wrote it, or run the evaluation again: results of attacks "
                 "that it kept are used."
             )

@@ -1,6 +1,5 @@
 """Entries in the forms that others read: a Hugging Face folder, RobustBench's model info."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -45,8 +44,7 @@ def package(name: str, output: str | os.PathLike[str]) -> pathlib.Path:
     classifier.save(target / hub.MODEL)
     for file in copied:
         shutil.copyfile(entry / file, target / file)
-    latest = dataclasses.replace(measured, schema=card.SCHEMA)  # older pages name no licence
-    (target / "README.md").write_text(page.render(latest), encoding="utf-8")
+    (target / "README.md").write_text(page.render(measured), encoding="utf-8")
     files = [path for path in sorted(target.iterdir()) if path.is_file()]
     hashes = {path.name: store.File.of(path.read_bytes())._asdict() for path in files}
     (target / hub.HASHES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")

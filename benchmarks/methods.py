@@ -38,8 +38,6 @@ def _attack(kind: str, **settings: object) -> tuple[str, ...]:
 ROWS = {
     "undefended": ("Recipe.defense=@Undefended()",),
     "tv_001": _tv(tv_weight=0.01),
-    "tv_001_lip_01": _tv(tv_weight=0.01, lipschitz_weight=0.1),
-    "tv_001_lip_1_of_mean": _tv(tv_weight=0.01, lipschitz_weight=1 / 128),
     "tv_01": _tv(tv_weight=0.1),
     "tv_01_lip_01": _tv(tv_weight=0.1, lipschitz_weight=0.1),
     "tv_01_lip_1": _tv(tv_weight=0.1, lipschitz_weight=1.0),

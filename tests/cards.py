@@ -2,6 +2,7 @@
 
 import csv
 
+import keras
 import numpy as np
 
 import tvkeras
@@ -71,7 +72,11 @@ def by_hand(**changes):
         "name": 'the "first": one',
         "command": "python -m tvkeras.evaluate",
         "model": {"model": "m", "model_arguments": {}, "num_classes": 10, "parameters": 1234},
-        "training": {"defense": "Undefended()", "dataset": "digits", "epochs": 3},
+        "training": {
+            "defense": keras.saving.serialize_keras_object(tvkeras.Undefended()),
+            "dataset": "digits",
+            "epochs": 3,
+        },
         "dataset": "digits test",
         "seed": 7,
         "clean_error": share,

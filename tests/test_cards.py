@@ -2,9 +2,11 @@ import dataclasses
 import json
 import math
 
+import keras
 import numpy as np
 import pytest
 
+import tvkeras
 from tests.cards import assert_page_is_its_card, attack_report, by_hand
 from tests.conftest import ROOT
 from tvkeras import compare, zoo
@@ -31,9 +33,6 @@ def test_a_page_states_its_numbers_and_metadata_that_yaml_reads():
     accuracy, robust = index["results"][0]["metrics"]
     assert accuracy == {"type": "accuracy", "value": 0.75}
     assert robust["name"] == "worst case over attacks, l2 1/2, first 40 images (unreliable)"
-
-
-DEFENSE = "TVLipschitz(norm='l2', tv_weight={}, lipschitz_weight=0.1)"
 
 
 def test_a_card_without_a_note_or_corruptions_is_read_and_shows_none():
@@ -109,8 +108,12 @@ def test_cards_are_tabled_side_by_side():
 def test_errors_are_in_the_order_of_the_weights(tmp_path):
     training = by_hand().training
     weak, strong, trades = (
-        by_hand(training={**training, "defense": defense})
-        for defense in (DEFENSE.format(0.1), DEFENSE.format("'8/10'"), "TRADES(beta=6.0)")
+        by_hand(training={**training, "defense": keras.saving.serialize_keras_object(defense)})
+        for defense in (
+            tvkeras.TVLipschitz(norm="l2", tv_weight=0.1, lipschitz_weight=0.1),
+            tvkeras.TVLipschitz(norm="l2", tv_weight="8/10", lipschitz_weight=0.1),
+            tvkeras.TRADES(),
+        )
     )
     labels, errors = comparison.by_weights([strong, by_hand(), weak])
     assert labels == ["0 / 0", "0.1 / 0.1", "0.8 / 0.1"]

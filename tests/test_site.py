@@ -150,7 +150,7 @@ def copied(tmp_path, monkeypatch):
 
 CHANGES = {
     "no JSON": (None, "JSONDecodeError"),
-    "newer": ({"schema": 9}, "this tvkeras reads 4"),
+    "newer": ({"schema": 9}, "this tvkeras reads 5"),
     "another's": ({"name": "javascript:alert(1)//"}, "is that of"),
     "elsewhere": ({"figures": {"a": "/etc/hostname"}}, "got '/etc/hostname'"),
     "above": ({"figures": {"a": "../digits_undefended/distances.png"}}, "must be files beside"),

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-SCHEMA = 4
+SCHEMA = 5
 EVASIVE = "evasive"  # name of the attack that is made for one threshold of the detector
 
 
@@ -172,7 +172,8 @@ class Card:
         name: The model's.
         command: The command that made the card.
         model: What was measured: builder, arguments, parameters, sha256 of the weights.
-        training: Defence, data set, epochs and the like, from the run folder; may be empty.
+        training: Defence (as Keras serialises it), data set, epochs and the like, from the run
+            folder; may be empty.
         dataset: Name and split of the test images.
         seed: Of the attacks.
         clean_error: On all test images.
@@ -232,6 +233,13 @@ class Card:
     def unreliable(self) -> bool:
         """Whether the audit found that the attacks miss adversarial images."""
         return any(report.verdict == "unreliable" for report in self.audit)
+
+    @property
+    def defense(self) -> str:
+        """The defence of `training`, as Python calls it."""
+        stored = self.training["defense"]
+        arguments = ", ".join(f"{name}={value!r}" for name, value in stored["config"].items())
+        return f"{stored['class_name']}({arguments})"
 
     def __str__(self) -> str:
         """A short table."""

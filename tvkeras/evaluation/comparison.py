@@ -1,8 +1,6 @@
 """What several cards measured, side by side."""
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from tvkeras import checks
 from tvkeras.evaluation.card import Card, Rate
@@ -106,13 +104,13 @@ def _table(cards: Mapping[str, Card], figures_of: Callable[[Card], dict[str, str
 
 def _weights(about: Card) -> tuple[float, ...]:
     """The weights of the total variation and of the Lipschitz term."""
-    text = about.training.get("defense", "unknown()")
-    call: Any = ast.parse(text, mode="eval").body
-    if call.func.id not in ("Undefended", "TVLipschitz"):
-        raise ValueError(f"models must be undefended or of a TVLipschitz, got {text}.")
-    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    defense = about.training.get("defense", {"class_name": "unknown training"})
+    if defense["class_name"] not in ("Undefended", "TVLipschitz"):
+        raise ValueError(
+            f"models must be undefended or of a TVLipschitz, got one of {defense['class_name']}."
+        )
     names = ("tv_weight", "lipschitz_weight")
-    return tuple(checks.epsilon(arguments.get(name, 0), name) for name in names)
+    return tuple(checks.epsilon(defense["config"].get(name, 0), name) for name in names)
 
 
 def _percent(rate: Rate) -> str:

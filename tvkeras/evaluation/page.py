@@ -34,6 +34,7 @@ def body(card: Card) -> str:
     audited = [report for report in card.audit if report.checks]
     checks = [(report, check) for report in audited for check in report.checks]
     counts = {worst.norm: worst.clean_error.n for worst in card.worst_case}
+    training = {**card.training, "defense": card.defense} if card.training else {}
     return _TEMPLATES.get_template("card.md").render(
         card=card,
         audited=audited,
@@ -44,7 +45,7 @@ def body(card: Card) -> str:
         below={caption: file for caption, file in card.figures.items() if file not in FIRST},
         evasive=EVASIVE,
         counts=_counts,
-        origin={**card.training, **card.model, **card.versions, "seed": card.seed},
+        origin={**training, **card.model, **card.versions, "seed": card.seed},
     )
 
 

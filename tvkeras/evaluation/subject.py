@@ -79,7 +79,7 @@ class Subject:
             held_out_images=data.held_out(training, about["validation_fraction"])[1].images,
             model={key: about[key] for key in MODEL_ENTRIES} | facts,
             training={key: about[key] for key in (*TRAINING_ENTRIES, *COST_ENTRIES) if key in about}
-            | {"defense": str(run.defense)},
+            | {"defense": keras.saving.serialize_keras_object(run.defense)},
         )
 
     @property

@@ -38,7 +38,7 @@ def show(name: str) -> None:
     about, training = card.model, card.training
     print(card)
     print(f"  {about['model']}, {about['parameters']:,} parameters, from images in [0, 1]")
-    print(f"  {training['dataset']}, {training['epochs']} epochs of {training['defense']}")
+    print(f"  {training['dataset']}, {training['epochs']} epochs of {card.defense}")
     print(f'  tvkeras.zoo.load("{name}"), {page}')
 
 

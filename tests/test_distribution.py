@@ -14,10 +14,8 @@ from tvkeras import backends, checkpoint, runs
 
 CASES = {
     "tv_lip": {"ramp_steps": 3},
-    "clipped": {"optimizer": {"global_clipnorm": 0.05}},
-    "clipped by value": {"optimizer": {"clipvalue": 0.002}},
-    "averaged": {"optimizer": {"use_ema": True}},
-    "decayed": {"optimizer": {"weight_decay": 0.1, "nesterov": True}},
+    "clipped": {"optimizer": {"global_clipnorm": 0.05, "use_ema": True}},
+    "clipped by value": {"optimizer": {"clipvalue": 0.002, "weight_decay": 0.1, "nesterov": True}},
     "double backprop": {"defense": "double_backprop"},
     "adversarial training": {"defense": "pgd"},
     "central": {"defense": "central"},
@@ -183,7 +181,7 @@ def test_a_streamed_run_on_two_devices_resumes_inside_an_epoch(tmp_path):
         process = run(tmp_path / "out.npz", {"imagenet": arguments})
         return process.communicate()[1], process.returncode
 
-    for arguments, code in (({}, 0), ({"kill_at": 2}, -9), ({"kill_at": 4}, -9), ({}, 0)):
+    for arguments, code in (({}, 0), ({"kill_at": 6}, -9), ({}, 0)):
         name = "whole" if not (tmp_path / "whole").exists() else "killed"
         errors, found = train(name, **arguments)
         assert found == code, errors

@@ -206,15 +206,16 @@ def test_an_interval_covers_its_rate():
     assert nothing.high > 0.05
 
 
-def test_bad_settings_of_a_run_that_exists(run_dir, evaluated, tmp_path):
+def test_bad_settings_of_a_run_that_exists(tmp_path):
+    entry = ROOT / "zoo" / "digits_undefended"
     with pytest.raises(ValueError, match="twin must be the folder of an evaluation"):
         twin(tmp_path / "nowhere", "digits test")
     with pytest.raises(ValueError, match="twin must be evaluated on 'mnist test'"):
-        twin(evaluated[1], "mnist test")
-    about = json.loads((run_dir / "run.json").read_text())
+        twin(entry, "mnist test")
+    about = json.loads((entry / "run.json").read_text())
     for missing in ("num_classes", "results"):
         unfinished = tmp_path / missing
-        shutil.copytree(run_dir, unfinished)
+        shutil.copytree(entry, unfinished)
         rest = {name: value for name, value in about.items() if name != missing}
         (unfinished / "run.json").write_text(json.dumps(rest))
         with pytest.raises(ValueError, match=f"lacks \\['{missing}'\\]"):

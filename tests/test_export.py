@@ -227,13 +227,9 @@ def test_the_detector_is_the_one_whose_figures_the_card_states(tmp_path):
 @tensorflow_only
 @pytest.mark.slow
 def test_the_command_exports_a_run_with_its_detector(tmp_path):
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "tvkeras.export", *arguments], capture_output=True, text=True
-        )
-
-    arguments = (f"--model={ENTRY}", f"--output={tmp_path / 'digits'}", "--version=3")
-    done = command(*arguments)
+    command = [sys.executable, "-m", "tvkeras.export", f"--model={ENTRY}", "--version=3"]
+    command += [f"--output={tmp_path / 'digits'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"exported: {tmp_path / 'digits' / '3'}\n")
     run = Run.open(ENTRY)
@@ -241,6 +237,3 @@ def test_the_command_exports_a_run_with_its_detector(tmp_path):
     found, _ = served(tmp_path / "digits" / "3", tmp_path, {"serving_uint8:": test})
     scores = run_detector(run).scores(run.classifier(), test)
     np.testing.assert_allclose(found["serving_uint8::session:score"], scores, rtol=1e-4)
-    again = command(*arguments)
-    assert again.returncode == 1
-    assert "\nerror: version 3 exists" in again.stderr

@@ -104,8 +104,8 @@ def test_what_cannot_be_defended_is_refused(digits, model, settings, message):
 
 @pytest.mark.slow
 def test_a_network_of_keras_applications_is_defended_at_its_defaults():
-    model = keras.applications.MobileNetV2(
-        (32, 32, 3), alpha=0.35, weights=None, classes=4, classifier_activation=None
+    model = keras.applications.MobileNet(
+        (32, 32, 3), alpha=0.25, weights=None, classes=4, classifier_activation=None
     )
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (300, 32, 32, 3), np.uint8), rng.integers(0, 4, 300)

@@ -66,13 +66,13 @@ def test_a_run_that_was_killed_ends_as_if_it_never_was(moments, whole, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [2, 3])  # 3 leaves a shorter last call in an epoch of 10
-def test_several_steps_in_one_call_resume_exactly_too(steps, tmp_path):
+def test_several_steps_in_one_call_resume_exactly_too(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    resumable.train(one, steps_per_execution=steps)
+    steps = {"steps_per_execution": 3}  # which leaves a shorter last call in an epoch of 10
+    resumable.train(one, **steps)
     with pytest.raises(Killed):
-        resumable.train(other, resumable.ending("step", 7, stop), steps_per_execution=steps)
-    resumable.train(other, steps_per_execution=steps)
+        resumable.train(other, resumable.ending("step", 7, stop), **steps)
+    resumable.train(other, **steps)
     assert_same_run(other, one)
 
 

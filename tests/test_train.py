@@ -227,28 +227,11 @@ def test_schedules_fit_any_length():
         schedules.step_decay(10, boundaries=(0.5,))
 
 
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "tvkeras.train", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_the_command_line_reports_errors_in_one_message(tmp_path):
-    assert "--gin_file" in command("--help").stdout
-    failed = command("--gin_file=gin/digits_tv_lip.gin", "--gin_param=Recipe.epoch=1")
-    assert failed.returncode == 1
-    assert "error: Configurable 'Recipe' doesn't have a parameter named 'epoch'" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    done = command(
-        "--gin_file=gin/digits_undefended.gin",
-        *(f"--gin_param={binding}" for binding in SMALL),
-        f"--run_dir={tmp_path / 'run'}",
-    )
+def test_the_command_trains_a_run(tmp_path):
+    command = [sys.executable, "-m", "tvkeras.train", "--gin_file=gin/digits_undefended.gin"]
+    command += [*(f"--gin_param={line}" for line in SMALL), f"--run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "epoch 2/2" in done.stdout
     assert f"run folder: {tmp_path / 'run'}" in done.stdout

@@ -41,21 +41,18 @@ def read(model: str) -> Card:
 def main(arguments: list[str]) -> None:
     """Parse, call."""
     figure, points = flags.FLAGS.figure, flags.FLAGS.scatter
-    try:
-        if len(arguments) < 3:
-            raise ValueError("name at least two evaluated models.")
-        cards = {model: read(model) for model in arguments[1:]}
-        print(comparison.tables(cards))
-        if points:
-            svg = scatter([*cards.values()], flags.FLAGS.norm)
-            pathlib.Path(points).write_text(svg, encoding="utf-8")
-            print(f"scatter: {points}")
-        if figure:
-            drawn = comparison.by_weights([*cards.values()])
-            figures.over_regularisation(*drawn, pathlib.Path(figure))
-            print(f"figure: {figure}")
-    except (ValueError, OSError) as error:
-        terminal.fail(error)
+    if len(arguments) < 3:
+        raise ValueError("name at least two evaluated models.")
+    cards = {model: read(model) for model in arguments[1:]}
+    print(comparison.tables(cards))
+    if points:
+        svg = scatter([*cards.values()], flags.FLAGS.norm)
+        pathlib.Path(points).write_text(svg, encoding="utf-8")
+        print(f"scatter: {points}")
+    if figure:
+        drawn = comparison.by_weights([*cards.values()])
+        figures.over_regularisation(*drawn, pathlib.Path(figure))
+        print(f"figure: {figure}")
 
 
 if __name__ == "__main__":

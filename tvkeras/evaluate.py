@@ -35,22 +35,20 @@ def main(_: list[str]) -> None:
     configured = config.configurable(
         benchmark, (Certification, Detection, *trials.library_attacks())
     )
+    config.bind(given.gin_file, given.gin_param)
+    if given.settings:
+        print(config.listing())
+        return
+    if not given.gin_file and not given.gin_param:
+        raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")
+    if not given.model:
+        raise ValueError("--model must name a run folder, a zoo entry or a .keras file.")
+    output = pathlib.Path(given.output or f"{given.model.removesuffix('.keras')}/evaluation")
+    model = subject.Subject.of(zoo.find(given.model), given.dataset, given.split)
+    twin = subject.twin(pathlib.Path(given.twin), model.dataset) if given.twin else None
+    command = shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]])
     try:
-        config.bind(given.gin_file, given.gin_param)
-        if given.settings:
-            print(config.listing())
-            return
-        if not given.gin_file and not given.gin_param:
-            raise ValueError("--gin_file must name the attacks, such as gin/evaluate_cifar.gin.")
-        if not given.model:
-            raise ValueError("--model must name a run folder, a zoo entry or a .keras file.")
-        output = pathlib.Path(given.output or f"{given.model.removesuffix('.keras')}/evaluation")
-        model = subject.Subject.of(zoo.find(given.model), given.dataset, given.split)
-        twin = subject.twin(pathlib.Path(given.twin), model.dataset) if given.twin else None
-        command = shlex.join(["python", "-m", "tvkeras.evaluate", *sys.argv[1:]])
         card = model.evaluated(configured, output, command=command, twin=twin, progress=True)
-    except (ValueError, OSError) as error:
-        terminal.fail(error)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on with what is in {output}/attacks.")
     print(f"{card}\ncard: {output}/README.md")

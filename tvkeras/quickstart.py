@@ -31,10 +31,7 @@ def main(_: list[str]) -> None:
             config.bind([file])
         except config.ConfigError as error:
             sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
-        try:
-            card = train(run_dir, **config.settings(), configuration=config.operative)
-        except (ValueError, OSError) as error:
-            terminal.fail(error)
+        card = train(run_dir, **config.settings(), configuration=config.operative)
         if card is not None:
             cards[name] = card
     figure = folder / "comparison.png"

@@ -57,7 +57,7 @@ def prepare() -> None:
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Absl's `app.run` of a program whose ValueError or OSError is its last message.
+    """Absl's `app.run` of a program whose last message is the error it ends in.
 
     Log lines are shown from warnings on; `--verbosity=0` shows all.
     """
@@ -68,7 +68,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             fail(error)
 
     app.run(guarded)

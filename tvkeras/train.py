@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from tvkeras import backends, config, terminal
+from tvkeras import config, terminal
 from tvkeras.training.loop import plan, train
 from tvkeras.training.recorder import TrainingInterrupt
 
@@ -45,8 +45,6 @@ def main(_: list[str]) -> None:
             print(json.dumps(plan(**settings), indent=2))
             return
         card = train(run_dir, **settings, configuration=config.operative)
-    except (ValueError, OSError, FloatingPointError, backends.PeerError) as error:
-        terminal.fail(error)
     except TrainingInterrupt as interruption:
         command = shlex.join(["python", "-m", "tvkeras.train", *sys.argv[1:]])
         print(f"{interruption} The same command goes on:\n{command}", file=sys.stderr)

@@ -19,7 +19,7 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
     )
 
 
-class PeerError(RuntimeError):
+class PeerError(ConnectionError):
     """Another of the processes that train together has failed."""
 
 

@@ -6,7 +6,6 @@
 """
 
 import pathlib
-import sys
 
 from absl import flags
 
@@ -30,7 +29,7 @@ def main(_: list[str]) -> None:
         try:
             config.bind([file])
         except config.ConfigError as error:
-            sys.exit(f"error: {error}\nRun the quickstart in a checkout of tvkeras.")
+            raise ValueError(f"{error}\nRun the quickstart in a checkout of tvkeras.") from error
         card = train(run_dir, **config.settings(), configuration=config.operative)
         if card is not None:
             cards[name] = card

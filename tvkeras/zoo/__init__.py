@@ -8,7 +8,7 @@ card.json, README.md, *.png         what was measured on exactly these weights
 examples.csv                        the same, image by image
 probe.npz                           test images and their logits, for `verify`
 
-Entries never change under their name. `tvkeras.zoo.store` says where files are looked for,
+A released entry never changes under its name. `tvkeras.zoo.store` says where files are looked for,
 `tvkeras.zoo.publishing` makes one of an evaluated run, `tvkeras.zoo.exporting` writes one for
 Hugging Face, and `tvkeras.zoo.hub` reads such folders.
 """

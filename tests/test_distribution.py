@@ -88,6 +88,7 @@ def devices(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("devices")  # one process computes what they share
 @pytest.mark.parametrize("case", CASES)
 def test_two_devices_train_as_one(case, devices):
     # Keras takes BatchNorm's means in float32, whatever the model computes in.

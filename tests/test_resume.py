@@ -77,15 +77,24 @@ def test_several_steps_in_one_call_resume_exactly_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is not a whole tvkeras checkpoint")
 def test_a_damaged_checkpoint_never_replaces_a_whole_one(whole, tmp_path):
     with pytest.raises(Killed):
         resumable.train(tmp_path, resumable.ending("step", 19, stop))
     last = tmp_path / "checkpoints" / "last"
     last.write_bytes(last.read_bytes()[:-9])
-    for number in (1, 2):  # killed at each rename of the next save
-        with pytest.raises(Killed):
+    passed_over = r"checkpoints/last is not .*Going on from .*previous"
+    for number in (1, 2):  # killed where it is put aside, and at the first rename after that
+        with pytest.raises(Killed), pytest.warns(UserWarning, match=passed_over):
             resumable.train(tmp_path, resumable.ending("write", number, stop))
+    resumable.train(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_crash_between_the_two_renames_loses_nothing(whole, tmp_path):
+    with pytest.raises(Killed):
+        resumable.train(tmp_path, resumable.ending("step", 19, stop))
+    (tmp_path / "checkpoints" / "last").unlink()
     resumable.train(tmp_path)
     assert_same_run(tmp_path, whole)
 
@@ -109,8 +118,7 @@ def test_a_real_kill(backend, tmp_path):
         return subprocess.run(command, env=environment, check=False).returncode
 
     assert run("whole") == 0
-    assert run("killed", "step", "16") == -signal.SIGKILL
-    assert run("killed", "write", "2") == -signal.SIGKILL
+    assert run("killed", "write", "8") == -signal.SIGKILL
     assert run("killed") == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -128,22 +136,6 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(whole, tmp_path):
     _, meta = checkpoint.load(tmp_path / "checkpoints" / "last")
     assert (meta["epoch"], meta["step"]) == (1, 3)
     resumable.train(tmp_path)
-    assert_same_run(tmp_path, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_the_previous_checkpoint_is_used_when_the_last_is_damaged(damage, whole, tmp_path):
-    with pytest.raises(Killed):
-        resumable.train(tmp_path, resumable.ending("step", 19, stop))
-    last = tmp_path / "checkpoints" / "last"
-    if damage == "missing":  # a crash between the two renames: nothing is lost, nothing to say
-        last.unlink()
-        resumable.train(tmp_path)
-    else:
-        last.write_bytes(last.read_bytes()[:-9])
-        with pytest.warns(UserWarning, match=r"checkpoints/last is not .*Going on from .*previous"):
-            resumable.train(tmp_path)
     assert_same_run(tmp_path, whole)
 
 

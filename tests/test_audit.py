@@ -141,6 +141,7 @@ def case(ordinary, classifier=None, **changes):
         "labels": labels,
         "attack": attacks.ProjectedGradient(norm="linf"),
         "epsilons": EPSILONS["linf"],
+        "worst_case": np.full(len(labels), np.inf),
         "seed": 0,
         "batch_size": 25,
     }
@@ -233,6 +234,19 @@ def test_two_classes_have_no_margin_check():
     assert "fail" not in {named[name] for name in MASKING & set(named)}
 
 
+def test_a_margin_counts_what_all_attacks_of_a_card_miss(ordinary):
+    epsilon = EPSILONS["linf"][-1]
+    saturated = around(ordinary[0], after=[layers.Rescaling(1e5)])
+    plain = attacks.ProjectedGradient(norm="linf", temper=False)
+    trial = case(ordinary, saturated, attack=plain, epsilons=(epsilon,))
+    alone = masking.margin_loss(trial)
+    assert alone.status == "fail"
+    for distance, figure in ((epsilon, 0), (1.01 * epsilon, alone.figure)):
+        found = np.full(COUNT, distance)
+        beyond = masking.margin_loss(dataclasses.replace(trial, worst_case=found))
+        assert beyond.figure == figure
+
+
 def test_the_decisive_epsilon_leaves_half_of_the_right_images(ordinary):
     trial = case(ordinary)
     fooled = {epsilon: result.success.mean() for epsilon, result in trial.results.items()}
@@ -249,6 +263,7 @@ def test_illegal_arguments_are_refused(ordinary):
         ({"norm": "l1", "epsilons": (0.1,)}, r"norm must be one of \['l2', 'linf'\]"),
         ({"norm": "l2", "epsilons": (0.0, 0.1)}, "epsilons must be radii above 0"),
         ({"norm": "l2", "epsilons": 0.1}, "epsilons must be a tuple"),
+        ({"norm": "l2", "epsilons": (0.1,), "worst_case": np.zeros(3)}, "of 60 images, got shape"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluation.audit(*ordinary, **arguments)

@@ -149,6 +149,8 @@ def test_a_card_of_masked_gradients_is_marked_unreliable(masked, evaluated, run_
     report = found.audit[1]
     assert report.surrogate == run_dir.name == evaluated[0].name
     assert {"gradient_free", "transfer"} <= set(report.named("fail"))
+    assert report.beyond == "worst case"  # of a tempered PGD: it finds what a margin does
+    assert "margin_loss" not in report.named("fail")
     assert card.Card.from_json((output / "card.json").read_text()) == found
     page = (output / "README.md").read_text()
     assert f"\n# {found.name}: unreliable\n\n> **Unreliable" in page

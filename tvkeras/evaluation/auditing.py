@@ -55,6 +55,7 @@ def audit(
     steps: int = 20,
     relative_step: float | None = None,
     surrogate: keras.Model | CompiledClassifier | None = None,
+    worst_case: np.ndarray | None = None,
     batch_size: int = 250,
     progress: bool = False,
 ) -> AuditReport:
@@ -77,6 +78,8 @@ def audit(
         relative_step: Length of its steps over epsilon, see `ProjectedGradient`.
         surrogate: Another classifier of the same images, such as an undefended twin,
             whose adversarial images are tried on this one.
+        worst_case: Smallest perturbation that the attacks of a card found for each image,
+            shape `(count,)`, inf where none: `margin_loss` then counts what they all miss.
         batch_size: Images in a batch, at most.
         progress: Whether to say how many checks are done, and how long the rest takes.
 
@@ -93,12 +96,19 @@ def audit(
         raise ValueError(f"epsilons must be radii above 0, at least one, got {epsilons!r}.")
     checks.one_of("norm", norm, ORDERS)
     images = model.images(images)
+    distances = np.full(len(images), np.inf) if worst_case is None else np.asarray(worst_case)
+    if distances.shape != (len(images),):
+        raise ValueError(
+            f"worst_case must hold a distance for each of {len(images)} images, got shape "
+            f"{distances.shape}."
+        )
     case = Case(
         model=model.unit,
         images=as_float(images, model.bounds),
         labels=model.labels(labels, images),
         attack=ProjectedGradient(norm=norm, steps=steps, relative_step=relative_step, temper=False),
         epsilons=tuple(radii),
+        worst_case=distances,
         seed=seed,
         batch_size=batch_size,
     )
@@ -119,4 +129,5 @@ def audit(
         images=len(case.labels),
         surrogate=None if surrogate is None else CompiledClassifier.of(surrogate).classifier.name,
         checks=tuple(found),
+        beyond="PGD" if worst_case is None else "worst case",
     )

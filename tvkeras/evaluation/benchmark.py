@@ -21,7 +21,7 @@ from tvkeras.evaluation.case import ORDERS
 from tvkeras.evaluation.certified import Certification
 from tvkeras.evaluation.corruptions import corrupted_classes
 from tvkeras.evaluation.detecting import Detection
-from tvkeras.evaluation.suite import Bench, run, write_csv
+from tvkeras.evaluation.suite import Bench, Outcome, run, worst_case, write_csv
 from tvkeras.evaluation.trials import Trial
 from tvkeras.inference import CompiledClassifier, loss_statistics
 from tvkeras.inputs import UNIT
@@ -142,7 +142,7 @@ def benchmark(
     predicted, gradients = _clean(bench, jacobian)
     attacked = bench.first(attacked_images)
     outcomes = run(bench.model, attacked.images, attacked.labels, chosen, **bench.how)
-    audits = _audit(bench.first(audited_images), radii, twin) if audited_images else ()
+    audits = _audit(bench.first(audited_images), radii, twin, outcomes) if audited_images else ()
     held_out = 0 if held_out_images is None else len(held_out_images)
     detected = [detecting.met(d, bench, outcomes, detection, held_out) for d in detectors]
     certified = certification.certify(bench) if certification is not None else None
@@ -220,7 +220,10 @@ def _clean(bench: Bench, jacobian: bool) -> tuple[np.ndarray, dict[str, dict[str
 
 
 def _audit(
-    bench: Bench, radii: Mapping[str, Sequence[Radius]], twin: keras.Model | Twin | None
+    bench: Bench,
+    radii: Mapping[str, Sequence[Radius]],
+    twin: keras.Model | Twin | None,
+    outcomes: Sequence[Outcome],
 ) -> tuple[AuditReport, ...]:
     """The audit of the attacks in each norm; none in l1."""
     other = twin.classifier if isinstance(twin, Twin) else twin
@@ -230,6 +233,7 @@ def _audit(
             unknown: dict[str, Any] = {"images": 0, "surrogate": None, "checks": ()}
             found.append(AuditReport(norm=norm, verdict="not audited", **unknown))
             continue
+        worst = worst_case(outcomes, norm)[: len(bench.labels)]
         report = audit(
             bench.model,
             bench.images,
@@ -238,6 +242,7 @@ def _audit(
             epsilons=[epsilon for epsilon in given if epsilon > 0],
             seed=bench.how["seed"],
             surrogate=other,
+            worst_case=np.pad(worst, (0, len(bench.labels) - len(worst)), constant_values=np.inf),
             batch_size=bench.how["batch_size"],
             progress=bench.how["progress"],
         )

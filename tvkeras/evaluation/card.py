@@ -151,6 +151,8 @@ class AuditReport:
         images: How many of the first test images it looked at.
         surrogate: Name of the model whose adversarial images were tried too, if any.
         checks: In the order they were made.
+        beyond: `margin_loss` counts images that "PGD" alone misses, or the "worst case"
+            over the card's attacks.
     """
 
     norm: str
@@ -158,6 +160,7 @@ class AuditReport:
     images: int
     surrogate: str | None
     checks: tuple[Check, ...]
+    beyond: str = "PGD"
 
     def named(self, status: str) -> list[str]:
         """Names of the checks of one status."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from tvkeras.attacks import Attack, AttackResult, ProjectedGradient
 from tvkeras.evaluation.card import Check
+from tvkeras.evaluation.suite import broken
 from tvkeras.inference import CompiledClassifier
 
 ORDERS = {"l2": 2, "linf": np.inf}
@@ -18,13 +19,17 @@ ORDERS = {"l2": 2, "linf": np.inf}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the checks look at: a classifier, images in [0, 1], PGD and its results."""
+    """What the checks look at: a classifier, images in [0, 1], PGD and its results.
+
+    `worst_case` is the distance at which any attack of a card broke each image.
+    """
 
     model: CompiledClassifier
     images: np.ndarray
     labels: np.ndarray
     attack: ProjectedGradient
     epsilons: tuple[float, ...]
+    worst_case: np.ndarray
     seed: int
     batch_size: int
 
@@ -91,6 +96,11 @@ class Case:
     def only_by_other(self, other: np.ndarray) -> float:
         """Share of images that another attack fools at the decisive epsilon, and PGD not."""
         return float((other & ~self.results[self.decisive].success).mean())
+
+    @property
+    def quoted(self) -> np.ndarray:
+        """Which images a card's attacks broke at the decisive epsilon, shape `(count,)`."""
+        return broken(self.worst_case, self.decisive)
 
 
 Limit = float | Callable[[Case], float]

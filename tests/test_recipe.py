@@ -282,10 +282,26 @@ def test_the_best_epoch_is_chosen_by_what_a_run_is_for(measured, best, digits, t
 
 @pytest.mark.parametrize("has", [True, False])
 def test_automatic_precision_keeps_the_rules_of_the_step(has, monkeypatch):
-    monkeypatch.setattr(backends, "computes_in_bfloat16", lambda: has)
+    monkeypatch.setattr(backends, "gains_from_bfloat16", lambda: has)
     long, short = tvkeras.TVLipschitz(fd_step=0.1), tvkeras.TVLipschitz(fd_step=0.01)
     assert settings.Execution().policy(long) == ("mixed_bfloat16" if has else "float32")
     assert settings.Execution().policy(short) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "gains"),
+    [
+        ("GenuineIntel", "avx512f amx_bf16 avx512_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_are_faster_in_it(vendor, flags, gains, tmp_path):
+    described = tmp_path / "cpuinfo"
+    described.write_text(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    assert backends.processor_gains_from_bfloat16(described) == gains
+    assert not backends.processor_gains_from_bfloat16(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])

@@ -31,8 +31,8 @@ def value_and_gradient(
     return jax.value_and_grad(function, argnums=positions, has_aux=True)(*arguments)
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether what trains has instructions for bfloat16; XLA's CPU code makes no use of them."""
+def gains_from_bfloat16() -> bool:
+    """Whether what trains is faster in bfloat16; XLA's code for CPUs is not."""
     platforms = {device.platform for device in jax.devices()}
     if platforms == {"gpu"}:
         return all(float(device.compute_capability) >= 8.0 for device in jax.devices())

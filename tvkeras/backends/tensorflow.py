@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tvkeras.backends import Devices, processor_has_bfloat16
+from tvkeras.backends import Devices, processor_gains_from_bfloat16
 from tvkeras.backends.fused import fast_twin as fast_twin
 
 Tensor = Any
@@ -35,13 +35,13 @@ def value_and_gradient(
     return (value, auxiliary), gradients
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether what trains has instructions for bfloat16; without them it is far slower."""
+def gains_from_bfloat16() -> bool:
+    """Whether what trains is faster in bfloat16 than in float32."""
     gpus = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     if details:
         return all(about.get("compute_capability", (0, 0)) >= (8, 0) for about in details)
-    return bool(tf.config.list_physical_devices("TPU")) or processor_has_bfloat16()
+    return bool(tf.config.list_physical_devices("TPU")) or processor_gains_from_bfloat16()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

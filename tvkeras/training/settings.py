@@ -136,7 +136,7 @@ class Execution:
 
     Attributes:
         precision: Keras dtype policy: "float32", "mixed_bfloat16", "mixed_float16", or "auto"
-            for bfloat16 where the processor or accelerator computes in it and the defence's
+            for bfloat16 where the processor or accelerator is faster in it and the defence's
             `fd_step` allows it, else float32; a run may go on elsewhere.
         devices: How many devices share each batch, or "all" (BUILD.md, "Many devices").
         recompute: Whether backward passes compute activations again instead of keeping them
@@ -167,7 +167,7 @@ class Execution:
         """The dtype policy: for "auto" the fastest here that the defence is exact enough in."""
         if self.precision != "auto":
             return self.precision
-        if not backends.computes_in_bfloat16():
+        if not backends.gains_from_bfloat16():
             return "float32"
         try:
             defense.check_precision("bfloat16")

@@ -149,18 +149,23 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.slow
 @ON_JAX
 def test_processes_that_share_no_folder_stop_and_go_on_together(tmp_path):
-    def train(name, **of_second):
-        first, second = ({"run_dir": str(tmp_path / f"{name}{index}")} for index in range(2))
-        processes = run_together(tmp_path, {"digits": first}, {"digits": {**second, **of_second}})
+    def train(*names, signal_at=None):
+        """Exit codes and errors of two processes that train runs one after the other together."""
+        first = {f"digits {name}": {"run_dir": str(tmp_path / f"{name}0")} for name in names}
+        second = {f"digits {name}": {"run_dir": str(tmp_path / f"{name}1")} for name in names}
+        second[f"digits {names[-1]}"]["signal_at"] = signal_at
+        processes = run_together(tmp_path, first, second)
         errors = [process.communicate()[1] for process in processes]
         return [process.returncode for process in processes], errors
 
-    assert train("whole")[0] == [0, 0]
-    codes, errors = train("stopped", signal_at=25)
+    codes, errors = train("whole", "stopped", signal_at=25)
     assert codes == [128 + signal.SIGTERM] * 2, errors
     assert checkpoint.load(tmp_path / "stopped0" / "checkpoints" / "last")[1]["step"] == 40
-    codes, errors = train("stopped")
-    assert codes == [0, 0], errors
+    with runs.Run(tmp_path / "whole0").locked():
+        codes, errors = train("stopped", "whole")
+    assert codes == [1, 1], errors
+    assert "is in use by" in errors[0]
+    assert "PeerError: another process of this run has failed" in errors[1]
     assert not (tmp_path / "stopped1").exists()
     whole, stopped = (
         checkpoint.load(tmp_path / name / "checkpoints" / "last")[0]
@@ -168,23 +173,24 @@ def test_processes_that_share_no_folder_stop_and_go_on_together(tmp_path):
     )
     for name, array in whole.items():
         np.testing.assert_array_equal(stopped[name], array, err_msg=name)
-    with runs.Run(tmp_path / "whole0").locked():
-        codes, errors = train("whole")
-    assert codes == [1, 1], errors
-    assert "is in use by" in errors[0]
-    assert "PeerError: another process of this run has failed" in errors[1]
 
 
 @pytest.mark.slow
 def test_a_streamed_run_on_two_devices_resumes_inside_an_epoch(tmp_path):
-    def train(name, **end):
-        arguments = {"run_dir": str(tmp_path / name), "builder_dir": str(tmp_path / "tfds"), **end}
-        process = run(tmp_path / "out.npz", {"imagenet": arguments})
+    def train(**killed_at):
+        cases = {
+            f"imagenet {name}": {
+                "run_dir": str(tmp_path / name),
+                "builder_dir": str(tmp_path / "tfds"),
+                "kill_at": step,
+            }
+            for name, step in killed_at.items()
+        }
+        process = run(tmp_path / "out.npz", cases)
         return process.communicate()[1], process.returncode
 
-    for arguments, code in (({}, 0), ({"kill_at": 6}, -9), ({}, 0)):
-        name = "whole" if not (tmp_path / "whole").exists() else "killed"
-        errors, found = train(name, **arguments)
+    for killed_at, code in (({"whole": None, "killed": 6}, -signal.SIGKILL), ({"killed": None}, 0)):
+        errors, found = train(**killed_at)
         assert found == code, errors
     one, other = (
         checkpoint.load(tmp_path / n / "checkpoints" / "last") for n in ("whole", "killed")

@@ -297,7 +297,12 @@ def test_a_small_convolution_has_the_gradients_of_its_kernel_and_images(size, pa
 
     keras.config.set_dtype_policy("mixed_bfloat16")
     images = keras.Input((8, 8, 128))
-    classifier = keras.Model(images, layers.Conv2D(130, size, padding=padding)(images))
+
+    def convolution(**arguments):
+        layer = layers.Conv2D(130, size, padding=padding, **arguments)
+        return keras.Model(images, layer(images))
+
+    classifier = convolution()
     twin = backends.fast_twin(classifier)
     assert type(twin.layers[-1]).__name__ == "SmallConvolution"
     weights = [variable.value for variable in classifier.variables]
@@ -312,9 +317,10 @@ def test_a_small_convolution_has_the_gradients_of_its_kernel_and_images(size, pa
 
         return keras.tree.flatten(backends.value_and_gradient(loss, (weights, x))[1])
 
-    for one, other in zip(found(twin), found(classifier), strict=True):
-        one, other = (ops.convert_to_numpy(ops.cast(g, "float32")) for g in (one, other))
-        np.testing.assert_allclose(one, other, atol=0.01 * np.abs(other).max())
+    # Keras's own gradients in bfloat16 are no measure: some processors add up in bfloat16.
+    for one, exact in zip(found(twin), found(convolution(dtype="float32")), strict=True):
+        one, exact = (ops.convert_to_numpy(ops.cast(g, "float32")) for g in (one, exact))
+        np.testing.assert_allclose(one, exact, atol=0.03 * np.abs(exact).max())
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the fused kernel is TensorFlow's")

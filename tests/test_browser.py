@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 
+from tests.conftest import BACKEND
 from tvkeras import zoo
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="pages are the same on all")
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
